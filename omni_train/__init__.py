@@ -1,0 +1,1 @@
+"""The tested library: data, models, objectives, one training loop; recipes build on it."""

@@ -1,0 +1,1 @@
+"""Typed configuration: registration, composition, errors. Schemas stand elsewhere."""

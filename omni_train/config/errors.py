@@ -1,0 +1,34 @@
+"""Errors that a user can mend: what was wrong, what was given, the rule, and what to do.
+
+Nothing here knows about Hydra or about any component; every package may import this module.
+"""
+
+from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used. The message names key, value, rule and remedy."""
+
+    def __init__(self, *, key: str, value: object, rule: str, remedy: str) -> None:
+        self.key, self.value, self.rule, self.remedy = key, value, rule, remedy
+        super().__init__(f"{key}={value!r}: {rule}; {remedy}")
+
+
+class DataError(ValueError):
+    """A sample that cannot be used. `reason` is a short code that the ledger counts by.
+
+    Args:
+        reason: code such as `truncated`, `hash_mismatch`, `empty_audio`; lower case, no spaces.
+        detail: one sentence with what was expected and what was found.
+        shard: path of the shard, where known.
+        key: sample key, where known.
+    """
+
+    def __init__(self, reason: str, detail: str, *, shard: str = "", key: str = "") -> None:
+        self.reason, self.detail, self.shard, self.key = reason, detail, shard, key
+        place = f" ({shard}:{key})" if shard or key else ""
+        super().__init__(f"{reason}: {detail}{place}")
+
+    def at(self, *, shard: str, key: str) -> DataError:
+        """Return the same error with the place filled in."""
+        return DataError(self.reason, self.detail, shard=shard, key=key)
