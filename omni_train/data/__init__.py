@@ -1,0 +1,1 @@
+"""The online path from shards to batches: plan, then fetch, encode, collate."""

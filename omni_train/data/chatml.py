@@ -1,0 +1,154 @@
+"""The chat format of Qwen2.5-Omni: the only place that knows how a dialogue becomes ids.
+
+Each turn is `<|im_start|>{role}\\n{content}<|im_end|>\\n` (RECIPE.md section 8). Media are left as
+pieces that `encode.py` fills with their span; nothing here touches media bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from omni_train.config.errors import DataError
+from omni_train.data.tokenizer import CHAT_TOKENS, encode_text
+from omni_train.data.types import MediaKind
+
+DEFAULT_SYSTEM = "You are a helpful assistant."
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class TextPiece:
+    """Ids of text and chat tokens; `supervised` where the loss reads them."""
+
+    ids: list[int]
+    supervised: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MediaPiece:
+    """A medium at its place in the dialogue.
+
+    Args:
+        kind: image, audio or video.
+        member: name inside the sample, such as `0.wav`.
+        audio_in_video: for a clip, whether its sound is read along; None means where it has any.
+    """
+
+    kind: MediaKind
+    member: str
+    audio_in_video: bool | None = None
+
+
+def render(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    add_generation_prompt: bool = False,
+) -> list[TextPiece | MediaPiece]:
+    """Turn a dialogue into text pieces and media pieces, in order.
+
+    Supervised are the content of every assistant turn and its `<|im_end|>`. What is supervised is
+    tokenised apart from its prompt, as it is when the model generates it.
+
+    Args:
+        messages: turns with `role` and `content`, a string or a list of items
+            `{"type": "text"|"image"|"audio"|"video", <type>: value}`.
+        add_generation_prompt: end in `<|im_start|>assistant\\n`.
+
+    Raises:
+        DataError: `bad_messages` where a turn does not have this form.
+    """
+    if not messages or not all(isinstance(turn, Mapping) for turn in messages):
+        raise DataError("bad_messages", "a dialogue is a non-empty list of turns")
+    start = tokenizer.convert_tokens_to_ids(CHAT_TOKENS["im_start"])
+    end = tokenizer.convert_tokens_to_ids(CHAT_TOKENS["im_end"])
+    pieces: list[TextPiece | MediaPiece] = []
+    turns = list(messages)
+    if turns[0].get("role") != "system":
+        turns.insert(0, {"role": "system", "content": DEFAULT_SYSTEM})
+    newline = encode_text(tokenizer, "\n")
+    for number, turn in enumerate(turns):
+        role = turn.get("role")
+        if role not in ROLES or (role == "system" and number > 0):
+            raise DataError("bad_messages", f"turn {number} has role {role!r}")
+        supervised = role == "assistant"
+        header = f"{role}\n"
+        pieces.append(TextPiece([start], supervised=False))
+        if supervised:
+            pieces.append(TextPiece(encode_text(tokenizer, header), supervised=False))
+            header = ""
+        for item in _items(turn.get("content"), number):
+            if isinstance(item, str):
+                pieces.append(TextPiece(encode_text(tokenizer, header + item), supervised))
+                header = ""
+                continue
+            if header:
+                pieces.append(TextPiece(encode_text(tokenizer, header), supervised=False))
+                header = ""
+            pieces.append(item)
+        if header:
+            pieces.append(TextPiece(encode_text(tokenizer, header), supervised=False))
+        pieces.append(TextPiece([end], supervised))
+        pieces.append(TextPiece(newline, supervised=False))
+    if add_generation_prompt:
+        pieces.append(TextPiece([start, *encode_text(tokenizer, "assistant\n")], supervised=False))
+    return pieces
+
+
+def _items(content: Any, number: int) -> list[str | MediaPiece]:
+    """Content as strings and media pieces; neighbouring texts are joined, so tokenised as one."""
+    if isinstance(content, str):
+        return [content]
+    if not isinstance(content, list):
+        raise DataError("bad_messages", f"content of turn {number} is neither text nor a list")
+    items: list[str | MediaPiece] = []
+    for entry in content:
+        kind = entry.get("type") if isinstance(entry, Mapping) else None
+        value = entry.get(kind) if isinstance(kind, str) else None
+        if not isinstance(value, str):
+            raise DataError("bad_messages", f"turn {number} has an item without a value: {entry!r}")
+        if kind == "text":
+            if items and isinstance(items[-1], str):
+                items[-1] += value
+            else:
+                items.append(value)
+        elif isinstance(kind, str) and kind in MediaKind.__members__:
+            items.append(MediaPiece(MediaKind[kind], value, entry.get("audio_in_video")))
+        else:
+            raise DataError("bad_messages", f"turn {number} has an item of type {kind!r}")
+    return items
+
+
+def count_text_tokens(
+    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast
+) -> tuple[int, int]:
+    """Ids outside media spans, and how many of them are supervised."""
+    texts = [piece for piece in render(messages, tokenizer) if isinstance(piece, TextPiece)]
+    return sum(len(p.ids) for p in texts), sum(len(p.ids) for p in texts if p.supervised)
+
+
+def media_pieces(messages: Sequence[Mapping[str, Any]]) -> list[MediaPiece]:
+    """Every medium of a dialogue, in the order in which the dialogue names them."""
+    pieces: list[MediaPiece] = []
+    for number, turn in enumerate(messages):
+        items = _items(turn.get("content"), number)
+        pieces += [item for item in items if isinstance(item, MediaPiece)]
+    return pieces
+
+
+def split_reply(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], str]:
+    """Split a dialogue into its prompt and the text of the last assistant turn.
+
+    Raises:
+        DataError: `no_reply` where the last turn is not a text of the assistant.
+    """
+    if not messages or messages[-1].get("role") != "assistant":
+        raise DataError("no_reply", "the dialogue does not end in an assistant turn")
+    items = _items(messages[-1].get("content"), len(messages) - 1)
+    if len(items) != 1 or not isinstance(items[0], str):
+        raise DataError("no_reply", "the last assistant turn is not plain text")
+    return list(messages[:-1]), items[0]

@@ -1,0 +1,148 @@
+"""Pixels of pictures and frames: size rule, resize, patches, normalisation on the device.
+
+Done here: Qwen2-VL's size rule, Pillow's bicubic resampling on torch, patch order, CLIP
+normalisation. Not done here: decoding (media.py), choosing frames (video.py).
+
+Letters: N frames, H and W pixels, P patches before the merge, D = 3 * temporal_patch_size *
+patch_size ** 2 values of one patch.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from omni_train.config.errors import DataError
+from omni_train.data.types import ModelSpec
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_ASPECT_RATIO = 200
+# Shrinking by less than this factor (and any enlarging) needs float64, see `_resize_axis`.
+EXACT_BELOW_SHRINK = 1.25
+
+
+def smart_resize(
+    height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """Return (height, width) as multiples of `factor` within the pixel bounds, shape kept.
+
+    The rule of Qwen2-VL's image processor.
+
+    Raises:
+        DataError: `aspect_ratio` where one side is over 200 times the other.
+    """
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise DataError(
+            "aspect_ratio", f"{width}x{height} is more than {MAX_ASPECT_RATIO} to 1, the limit"
+        )
+    heights, widths = smart_resize_many(
+        np.array([height]), np.array([width]), factor=factor, min_pixels=min_pixels,
+        max_pixels=max_pixels,
+    )  # fmt: skip
+    return int(heights[0]), int(widths[0])
+
+
+def smart_resize_many(
+    height: NDArray[np.int64],
+    width: NDArray[np.int64],
+    *,
+    factor: int,
+    min_pixels: int,
+    max_pixels: int,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the sizes of many pictures by the rule of `smart_resize`, any aspect ratio."""
+    area = np.maximum(height * width, 1)
+    # rint rounds half to even, as Python's round does.
+    plain_h = np.rint(height / factor) * factor
+    plain_w = np.rint(width / factor) * factor
+    too_large = plain_h * plain_w > max_pixels
+    too_small = ~too_large & (plain_h * plain_w < min_pixels)
+
+    shrink = np.sqrt(area / max_pixels)
+    shrunk_h = np.maximum(factor, np.floor(height / shrink / factor) * factor)
+    shrunk_w = np.maximum(factor, np.floor(width / shrink / factor) * factor)
+    grow = np.sqrt(min_pixels / area)
+    grown_h = np.ceil(height * grow / factor) * factor
+    grown_w = np.ceil(width * grow / factor) * factor
+
+    new_h = np.select([too_large, too_small], [shrunk_h, grown_h], plain_h)
+    new_w = np.select([too_large, too_small], [shrunk_w, grown_w], plain_w)
+    return new_h.astype(np.int64), new_w.astype(np.int64)
+
+
+def resize(frames: Tensor, height: int, width: int) -> Tensor:
+    """Return uint8 [N, 3, height, width] of frames uint8 [N, 3, H, W]: antialiased bicubic.
+
+    Within one step of Pillow, and so of the PIL image processor: one pass per axis, rounded and
+    clamped to 0..255 between the passes. Without that rounding, sharp edges differ by up to 30.
+    """
+    old_h, old_w = frames.shape[-2:]
+    # Pillow 13 takes the vertical pass first where the height shrinks by over twice as many pixels
+    # as the width; the order shows where the clamp between the passes cuts.
+    rows_first = height < old_h and old_h - height > 2 * (old_w - width)
+    for axis in (2, 3) if rows_first else (3, 2):
+        frames = _resize_axis(frames, axis, height if axis == 2 else width)
+    return frames.to(torch.uint8).contiguous()
+
+
+def _resize_axis(frames: Tensor, axis: int, size: int) -> Tensor:
+    """Return integer-valued frames resized along one axis; untouched where the size is right."""
+    old = frames.shape[axis]
+    if old == size:
+        return frames
+    # torch computes the filter's positions in the dtype of the pixels. Near a factor of one, or
+    # when enlarging, float32 is off by enough to move black-and-white edges by two steps.
+    dtype = torch.float32 if old >= EXACT_BELOW_SHRINK * size else torch.float64
+    shape = (size, frames.shape[3]) if axis == 2 else (frames.shape[2], size)
+    resized = torch.nn.functional.interpolate(
+        frames.to(dtype), shape, mode="bicubic", antialias=True, align_corners=False
+    )
+    return resized.round_().clamp_(0, 255)
+
+
+def patchify(frames: Tensor, spec: ModelSpec) -> tuple[Tensor, tuple[int, int, int]]:
+    """Return (patches uint8 [P, D], grid of patches in time, height, width).
+
+    The last frame is repeated up to a whole temporal patch, so a picture becomes two equal frames.
+    Patches of one merge window are neighbours; a patch is laid out channel, time, height, width.
+
+    Args:
+        frames: uint8 [N, 3, H, W], H and W multiples of patch_size * merge_size.
+        spec: sizes of the vision tower.
+    """
+    num, channels, height, width = frames.shape
+    side, merge, deep = spec.patch_size, spec.merge_size, spec.temporal_patch_size
+    if height % (side * merge) or width % (side * merge):
+        raise ValueError(f"{height}x{width} is not a multiple of {side * merge}")
+    if missing := -num % deep:
+        frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
+    grid = ((num + missing) // deep, height // side, width // side)
+    split = frames.reshape(
+        grid[0], deep, channels, grid[1] // merge, merge, side, grid[2] // merge, merge, side
+    )
+    patches = split.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    return patches.reshape(grid[0] * grid[1] * grid[2], channels * deep * side * side), grid
+
+
+def normalize_patches(patches: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return [P, D] in `dtype` on the patches' device: 0..255 to CLIP's mean 0, deviation 1.
+
+    Computed in float32; equal to the `pixel_values` of the processor.
+    """
+    scale, shift = _scale_and_shift(patches.device)
+    by_channel = patches.reshape(patches.shape[0], 3, patches.shape[1] // 3).to(torch.float32)
+    return (by_channel * scale + shift).reshape(patches.shape).to(dtype)
+
+
+@lru_cache(maxsize=8)
+def _scale_and_shift(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return float32 [3, 1] each, kept on the device so that no step copies them there again."""
+    mean = torch.tensor(CLIP_MEAN, dtype=torch.float64)[:, None]
+    deviation = torch.tensor(CLIP_STD, dtype=torch.float64)[:, None]
+    scale, shift = 1.0 / (255.0 * deviation), -mean / deviation
+    return scale.to(device, torch.float32), shift.to(device, torch.float32)

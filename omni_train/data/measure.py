@@ -1,0 +1,123 @@
+"""How many tokens a sample has and what it costs, from its index row alone.
+
+Done here: the exact token count of `encode` without touching media, and relative costs for the
+plan. Not done here: packing (plan.py).
+
+Costs are multiplications of one training step, in units of one text token through the 7B Thinker
+without attention, so that the three parts of a sample can be added:
+
+    llm_cost    = T * (1 + T / 70,450)       6 * 7.07e9 per token, 6 * 28 * 3584 * T for attention
+    vision_cost = 0.089 * P                  0.63e9 parameters per patch before the merge
+    audio_cost  = 0.090 * ceil(L / 2)        0.635e9 parameters per frame after the convolutions
+
+Letters: T tokens, P patches, L mel frames, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from omni_train.data.image import smart_resize_many
+from omni_train.data.media import num_samples_16k
+from omni_train.data.types import IndexRow, MediaInfo, MediaKind, ModelSpec, ProcessingConfig
+from omni_train.data.video import select_frames
+from omni_train.speech.mel import num_audio_tokens, num_mel_frames
+
+# Matmul parameters of the released 7B model; see the module docstring.
+TOKENS_WHERE_ATTENTION_EQUALS_MATMUL = 7.07e9 / (28 * 3584)
+VISION_COST_PER_PATCH = 0.63 / 7.07
+AUDIO_COST_PER_CONV_FRAME = 0.635 / 7.07
+
+Int64Array = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(slots=True)
+class Costs:
+    """Measured rows.
+
+    Args:
+        num_tokens: int64 [R], exactly what `encode` gives.
+        vision_cost, audio_cost, llm_cost: float64 [R], relative, addable.
+    """
+
+    num_tokens: Int64Array
+    vision_cost: FloatArray
+    audio_cost: FloatArray
+    llm_cost: FloatArray
+
+
+def measure(rows: Sequence[IndexRow], config: ProcessingConfig, spec: ModelSpec) -> Costs:
+    """Return tokens and costs of index rows. Pure: depends on nothing but its arguments.
+
+    A row that `encode` refuses (say, sound too short for a token) is measured all the same.
+    """
+    owner = np.array([i for i, row in enumerate(rows) for _ in row.media], dtype=np.int64)
+    media = [info for row in rows for info in row.media]
+    is_image = _flags(info.kind is MediaKind.image for info in media)
+    is_video = _flags(info.kind is MediaKind.video for info in media)
+
+    patches = _num_patches(media, is_image, is_video, config, spec)
+    frames = _num_sound_frames(media, is_video)
+    sound = num_audio_tokens(frames)
+    # A span has bos and eos; a clip with sound has both pairs.
+    brackets = np.where(is_video & (sound > 0), 4, 2)
+    tokens = patches // spec.merge_size**2 + sound + brackets
+
+    text = np.array([row.num_text_tokens for row in rows], dtype=np.int64)
+    num_tokens = text + _sum_by_row(tokens, owner, len(rows)).astype(np.int64)
+    total_patches = _sum_by_row(patches, owner, len(rows))
+    conv_frames = _sum_by_row(np.where(sound > 0, (frames + 1) // 2, 0), owner, len(rows))
+    return Costs(
+        num_tokens=num_tokens,
+        vision_cost=total_patches * VISION_COST_PER_PATCH,
+        audio_cost=conv_frames * AUDIO_COST_PER_CONV_FRAME,
+        llm_cost=num_tokens * (1.0 + num_tokens / TOKENS_WHERE_ATTENTION_EQUALS_MATMUL),
+    )
+
+
+def _num_patches(
+    media: list[MediaInfo],
+    is_image: NDArray[np.bool_],
+    is_video: NDArray[np.bool_],
+    config: ProcessingConfig,
+    spec: ModelSpec,
+) -> Int64Array:
+    """Return int64 [media]: vision patches before the merge; 0 for sound."""
+    height = np.array([max(info.height, 1) for info in media], dtype=np.int64)
+    width = np.array([max(info.width, 1) for info in media], dtype=np.int64)
+    factor = spec.patch_size * spec.merge_size
+    patches = np.zeros(len(media), dtype=np.int64)
+    for mask, low, high in (
+        (is_image, config.image_min_pixels, config.image_max_pixels),
+        (is_video, config.video_min_pixels, config.video_max_pixels),
+    ):
+        new_h, new_w = smart_resize_many(
+            height[mask], width[mask], factor=factor, min_pixels=low, max_pixels=high
+        )
+        patches[mask] = (new_h // spec.patch_size) * (new_w // spec.patch_size)
+    for i in np.flatnonzero(is_video):
+        num_frames = len(select_frames(media[i], config))
+        patches[i] *= -(-num_frames // spec.temporal_patch_size)
+    return patches
+
+
+def _num_sound_frames(media: list[MediaInfo], is_video: NDArray[np.bool_]) -> Int64Array:
+    """Return int64 [media]: mel frames; 0 where there is no sound or it is left out."""
+    wanted = _flags(info.has_audio and info.use_audio for info in media)
+    samples = np.array([info.num_audio_samples for info in media], dtype=np.int64)
+    rates = np.array([max(info.sample_rate_hz, 1) for info in media], dtype=np.int64)
+    frames = num_mel_frames(num_samples_16k(samples, rates))
+    return np.where(wanted, frames, 0)
+
+
+def _flags(values: Iterable[bool]) -> NDArray[np.bool_]:
+    return np.fromiter(values, dtype=np.bool_)
+
+
+def _sum_by_row(values: Int64Array, owner: Int64Array, num_rows: int) -> FloatArray:
+    return np.bincount(owner, weights=values, minlength=num_rows).astype(np.float64)

@@ -1,0 +1,187 @@
+"""Media from bytes: what a member holds (`probe`) and its contents, under caps.
+
+    probe         bytes -> MediaInfo, by decoding everything once (offline, for the index)
+    decode_image  bytes -> uint8 [1, 3, H, W]
+    decode_audio  bytes -> float32 [S], mono, 16 kHz; also of a clip's sound
+    decode_video  bytes -> uint8 [N, 3, H, W], chosen frames
+
+Done here: pictures (Pillow), sound files (libsndfile), resampling (soxr). Not done here: clips,
+which clip.py opens with PyAV, and features (speech/mel.py, image.py). Nothing is ever opened by
+name: all input is bytes.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import PurePosixPath
+from typing import TypeVar
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from omni_train.config.errors import DataError
+from omni_train.data.clip import check_sound_format, decode_clip_sound, decode_frames, probe_clip
+from omni_train.data.container import check_wav
+from omni_train.data.types import MediaInfo, MediaKind
+from omni_train.data.video import MICROSECONDS
+from omni_train.speech.mel import SAMPLE_RATE_HZ
+
+MAX_AUDIO_S = 3_600
+MAX_IMAGE_PIXELS = 64_000_000
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+SOUND_FORMATS = ("WAV", "WAVEX", "FLAC", "MP3")
+KIND_OF_SUFFIX = {
+    ".wav": MediaKind.audio,
+    ".flac": MediaKind.audio,
+    ".mp3": MediaKind.audio,
+    ".jpg": MediaKind.image,
+    ".jpeg": MediaKind.image,
+    ".png": MediaKind.image,
+    ".webp": MediaKind.image,
+    ".mp4": MediaKind.video,
+    ".mkv": MediaKind.video,
+    ".webm": MediaKind.video,
+}
+_READ_FRAMES = 1 << 20
+
+IntOrArray = TypeVar("IntOrArray", int, NDArray[np.int64])
+
+
+def probe(data: bytes, member: str) -> MediaInfo:
+    """Decode a member once and return all facts about it but its place and hash in the shard.
+
+    Raises:
+        DataError: with a reason code, for whatever cannot be used for training.
+    """
+    suffix = PurePosixPath(member).suffix.lower()
+    kind = KIND_OF_SUFFIX.get(suffix)
+    if kind is None:
+        raise DataError("unknown_media", f"{member} is none of {', '.join(KIND_OF_SUFFIX)}")
+    if kind is MediaKind.video:
+        return probe_clip(data, member)
+    if kind is MediaKind.image:
+        height, width = decode_image(data).shape[-2:]
+        return MediaInfo(kind=kind, member=member, width=width, height=height, num_frames=1)
+    wave, rate_hz, num_channels = _read_sound(data)
+    return MediaInfo(
+        kind=kind,
+        member=member,
+        has_audio=True,
+        num_audio_samples=len(wave),
+        sample_rate_hz=rate_hz,
+        num_channels=num_channels,
+        duration_us=len(wave) * MICROSECONDS // rate_hz,
+    )
+
+
+def num_samples_16k(num_audio_samples: IntOrArray, sample_rate_hz: IntOrArray) -> IntOrArray:
+    """Return the samples that `decode_audio` gives for so many at another rate: rounded, half up.
+
+    Takes numbers or arrays of numbers.
+    """
+    doubled = 2 * num_audio_samples * SAMPLE_RATE_HZ + sample_rate_hz
+    return doubled // (2 * sample_rate_hz)
+
+
+def decode_audio(data: bytes, info: MediaInfo) -> Tensor:
+    """Return float32 [S], mono at 16 kHz, S = `num_samples_16k` of what the index declares.
+
+    Raises:
+        DataError: `truncated` where less or more was decoded than declared, `stale_index` where the
+            sample rate is another one, `empty_audio`, `non_finite`, and the container's own.
+    """
+    if info.kind is MediaKind.video:
+        wave, rate_hz = decode_clip_sound(data)
+        _check_wave(wave)
+    else:
+        wave, rate_hz, _ = _read_sound(data)
+    if rate_hz != info.sample_rate_hz:
+        raise DataError("stale_index", f"{rate_hz} Hz decoded, {info.sample_rate_hz} declared")
+    if len(wave) != info.num_audio_samples:
+        raise DataError(
+            "truncated", f"{len(wave)} samples decoded, {info.num_audio_samples} declared"
+        )
+    if rate_hz != SAMPLE_RATE_HZ:
+        wave = soxr.resample(wave, rate_hz, SAMPLE_RATE_HZ, quality="HQ")
+    # The resampler's own count may be one off; `measure` needs a count that follows from the index.
+    length = num_samples_16k(info.num_audio_samples, rate_hz)
+    wave = np.pad(wave[:length], (0, max(0, length - len(wave))))
+    return torch.from_numpy(wave.astype(np.float32, copy=False))
+
+
+def decode_image(data: bytes) -> Tensor:
+    """Return uint8 [1, 3, H, W], RGB, turned as its EXIF data say.
+
+    Raises:
+        DataError: `too_large`, `truncated`, `corrupt`, or `bad_container` for another format.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as picture:
+            if picture.width * picture.height > MAX_IMAGE_PIXELS:
+                raise DataError(
+                    "too_large",
+                    f"{picture.width}x{picture.height} is over {MAX_IMAGE_PIXELS} pixels",
+                )
+            upright = ImageOps.exif_transpose(picture)
+            if upright.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
+                values = np.asarray(upright, dtype=np.int32) >> 8
+                upright = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+            pixels = np.array(upright.convert("RGB"))
+    except Image.DecompressionBombError as error:
+        raise DataError("too_large", str(error)) from error
+    except UnidentifiedImageError as error:
+        raise DataError("bad_container", f"no picture of {', '.join(IMAGE_FORMATS)}") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        if isinstance(error, DataError):
+            raise
+        reason = "truncated" if "truncated" in str(error) else "corrupt"
+        raise DataError(reason, str(error)) from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+
+
+def decode_video(
+    data: bytes, indices: list[int], info: MediaInfo, *, size: tuple[int, int] | None = None
+) -> Tensor:
+    """Return the chosen frames, uint8 [N, 3, H, W]; see `clip.decode_frames`."""
+    return decode_frames(data, indices, info, size=size)
+
+
+def _read_sound(data: bytes) -> tuple[NDArray[np.float32], int, int]:
+    """Return (float32 [S] mono at the file's rate, that rate in Hz, channels) of a sound file."""
+    check_wav(data)
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            if file.format not in SOUND_FORMATS:
+                raise DataError("bad_container", f"sound is {file.format}, not {SOUND_FORMATS}")
+            check_sound_format(file.samplerate, file.channels)
+            limit = MAX_AUDIO_S * file.samplerate
+            if file.frames > limit:
+                raise DataError(
+                    "too_long",
+                    f"{file.frames / file.samplerate:.0f} s declared, {MAX_AUDIO_S} allowed",
+                )
+            parts: list[NDArray[np.float32]] = []
+            while len(block := file.read(_READ_FRAMES, dtype="float32", always_2d=True)):
+                parts.append(block.mean(axis=1, dtype=np.float32))
+                if sum(map(len, parts)) > limit:
+                    raise DataError("too_long", f"more than {MAX_AUDIO_S} s of sound")
+            declared, rate_hz, channels = file.frames, file.samplerate, file.channels
+    except soundfile.LibsndfileError as error:
+        raise DataError("corrupt", f"libsndfile says: {error}") from error
+    wave = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+    if len(wave) != declared:
+        raise DataError("truncated", f"{len(wave)} samples decoded, {declared} declared")
+    _check_wave(wave)
+    return wave, rate_hz, channels
+
+
+def _check_wave(wave: NDArray[np.float32]) -> None:
+    if not len(wave):
+        raise DataError("empty_audio", "the sound has no samples")
+    if not np.isfinite(wave).all():
+        raise DataError("non_finite", "the sound holds NaN or infinity")

@@ -1,0 +1,1 @@
+"""The Thinker: presets, building from checkpoints, parameter groups, the forward passes."""

@@ -1,0 +1,134 @@
+"""Speech to text by a recogniser that the project did not train.
+
+    Recognizer               what every backend offers: wave -> Transcript
+    PocketSphinxRecognizer   a small closed vocabulary on CPU, no model beyond the package's own
+
+Not done here: error rates (evaluation), pauses. pocketsphinx is imported when a recogniser is
+made, so that this module costs nothing without it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from omni_train.config.errors import ConfigError, DataError
+
+SAMPLE_RATE_HZ = 16_000
+_PADDING_S = 0.3
+# About -61 dBFS. Without a noise floor, the digital silence around the words takes part in the
+# cepstral mean with the logarithm of nothing, and half the words of a good voice are lost.
+_NOISE_FLOOR = 30.0 / 32768.0
+_NOISE_SEED = 0
+# Chance of silence between words; with the package's 0.005 a soft last vowel ends in no result.
+_SILENCE = 0.1
+_FRAMES_PER_SECOND = 100
+_WORD = re.compile(r"[a-z][a-z']*")
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """A recognised word and where it lies in the wave, in seconds."""
+
+    text: str
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """What was heard; `text` is the words with single blanks between, empty for silence."""
+
+    text: str
+    words: list[Word]
+
+
+class Recognizer(Protocol):
+    """A backend; the same wave gives the same transcript whatever was heard before."""
+
+    def transcribe(self, wave: NDArray[np.float32]) -> Transcript:
+        """Return what is said in `wave`, float32 [S] at 16 kHz, mono, -1 to 1."""
+        ...
+
+
+class PocketSphinxRecognizer:
+    """Any sequence of words of a closed vocabulary, by PocketSphinx and its own en-us model.
+
+    Args:
+        vocabulary: lower-case English words that the package's dictionary holds.
+
+    Raises:
+        ConfigError: an empty vocabulary, or a word that the dictionary lacks.
+    """
+
+    def __init__(self, vocabulary: Sequence[str]) -> None:
+        import pocketsphinx
+
+        words = sorted(set(vocabulary))
+        if not words or not all(_WORD.fullmatch(word) for word in words):
+            raise _vocabulary_error(vocabulary, "words are lower-case letters; one at least")
+        self._decoder = pocketsphinx.Decoder(lm=None, silprob=_SILENCE, loglevel="FATAL")
+        unknown = [word for word in words if self._decoder.lookup_word(word) is None]
+        if unknown:
+            raise _vocabulary_error(unknown, "PocketSphinx has no pronunciation for these words")
+        grammar = f"#JSGF V1.0; grammar words; public <words> = ( {' | '.join(words)} )+ ;"
+        # From memory: a grammar file would be shared by processes that write it at once.
+        self._decoder.add_jsgf_string("words", grammar)
+        self._decoder.activate_search("words")
+
+    def transcribe(self, wave: NDArray[np.float32]) -> Transcript:
+        """Return the words of `wave`, float32 [S] at 16 kHz, mono, -1 to 1.
+
+        0.3 s of faint noise are put around it; the times are those of `wave` itself.
+
+        Raises:
+            DataError: `bad_wave` for another shape, `non_finite` for NaN or infinity.
+        """
+        if wave.ndim != 1 or not len(wave):
+            raise DataError("bad_wave", f"a wave is [S] with S > 0, not {wave.shape}")
+        if not np.isfinite(wave).all():
+            raise DataError("non_finite", "the wave holds NaN or infinity")
+        self._decoder.start_utt()
+        # full_utt: the cepstral mean is that of this wave; otherwise it drifts from call to call.
+        self._decoder.process_raw(_pcm(wave), no_search=False, full_utt=True)
+        self._decoder.end_utt()
+        hypothesis = self._decoder.hyp()
+        if hypothesis is None or not hypothesis.hypstr:
+            return Transcript("", [])
+        end_s = len(wave) / SAMPLE_RATE_HZ
+        return Transcript(hypothesis.hypstr, [_word(s, end_s) for s in self._spoken()])
+
+    def _spoken(self) -> list[tuple[str, int, int]]:
+        """Words with first and last frame; silence and sentence marks are left out."""
+        segments = [(s.word, s.start_frame, s.end_frame) for s in self._decoder.seg()]
+        # `garden(2)` is another pronunciation of garden.
+        words = [(text.partition("(")[0], first, last) for text, first, last in segments]
+        return [(text, first, last) for text, first, last in words if _WORD.fullmatch(text)]
+
+
+def _pcm(wave: NDArray[np.float32]) -> bytes:
+    padded = np.pad(wave.astype(np.float64), round(_PADDING_S * SAMPLE_RATE_HZ))
+    noise = np.random.default_rng(_NOISE_SEED).normal(0.0, _NOISE_FLOOR, len(padded))
+    scaled = np.clip(np.rint((padded + noise) * 32768.0), -32768, 32767)
+    return scaled.astype("<i2").tobytes()
+
+
+def _word(segment: tuple[str, int, int], end_s: float) -> Word:
+    text, first, last = segment
+    start = first / _FRAMES_PER_SECOND - _PADDING_S
+    end = (last + 1) / _FRAMES_PER_SECOND - _PADDING_S
+    return Word(text, min(max(start, 0.0), end_s), min(max(end, 0.0), end_s))
+
+
+def _vocabulary_error(value: Sequence[str], rule: str) -> ConfigError:
+    return ConfigError(
+        key="vocabulary",
+        value=list(value),
+        rule=rule,
+        remedy="use words of pocketsphinx's en-us dictionary",
+    )
