@@ -1,0 +1,1 @@
+"""Scores and the decoding that produces what is scored."""

@@ -1,0 +1,244 @@
+"""Builds the Thinker on no memory, then fills it tensor by tensor.
+
+The model is made on the meta device; each module with tensors of its own is then allocated, filled
+from a source or by a seeded initialisation, and under ZeRO-3 partitioned at once, so no rank ever
+holds more than one module whole. A fresh tensor's values depend on the seed and its name alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
+    Qwen2_5OmniThinkerForConditionalGeneration,
+)
+
+from omni_train.config.errors import ConfigError
+from omni_train.engine.deepspeed import (
+    DTYPES,
+    DeepSpeedConfig,
+    Precision,
+    import_deepspeed,
+    zero_init_json,
+)
+from omni_train.models.config import ModelConfig
+from omni_train.models.groups import UNUSED, group_of
+from omni_train.models.presets import model_spec, resolve_config
+from omni_train.models.thinker import ThinkerForTraining
+from omni_train.models.weights import BuildReport, WeightSource, open_source
+
+
+def build_thinker(
+    model_config: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    zero3_config: dict[str, Any] | None = None,
+) -> ThinkerForTraining:
+    """Build the Thinker that `model_config` describes; its `report` says where each tensor is from.
+
+    Args:
+        model_config: preset, and the directories of the weights.
+        tokenizer: the model's.
+        seed: of tensors without a source.
+        dtype: of the parameters; buffers keep float32.
+        zero3_config: the DeepSpeed settings of the run, where ZeRO-3 shards the parameters.
+
+    Raises:
+        ConfigError: a source cannot be read, lacks a tensor or holds one of another shape.
+    """
+    config = resolve_config(model_config, tokenizer)
+    with torch.device("meta"):
+        thinker = Qwen2_5OmniThinkerForConditionalGeneration(config.thinker_config)
+        model = ThinkerForTraining(thinker)
+    model.spec = model_spec(config.thinker_config, tokenizer)
+    model.report = materialise(
+        model,
+        sources=_sources(model, model_config),
+        seed=seed,
+        dtype=dtype,
+        zero3_config=zero3_config,
+    )
+    return model
+
+
+def build_for_training(
+    model_config: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    deepspeed: DeepSpeedConfig,
+    *,
+    seed: int,
+) -> ThinkerForTraining:
+    """Build the Thinker in the run's precision, partitioned from the start under ZeRO-3."""
+    return build_thinker(
+        model_config,
+        tokenizer,
+        seed=seed,
+        dtype=DTYPES[deepspeed.precision],
+        zero3_config=zero_init_json(deepspeed),
+    )
+
+
+def build_replica(
+    model_config: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    precision: Precision,
+    device: torch.device,
+) -> ThinkerForTraining:
+    """Build a plain Thinker on one device, for decoding; it has no part in training."""
+    model = build_thinker(model_config, tokenizer, seed=0, dtype=DTYPES[precision])
+    return model.to(device).requires_grad_(False).eval()
+
+
+def materialise(
+    model: nn.Module,
+    *,
+    sources: Mapping[str, WeightSource],
+    seed: int,
+    dtype: torch.dtype,
+    zero3_config: dict[str, Any] | None = None,
+) -> BuildReport:
+    """Give every tensor of a model on the meta device its memory and its value.
+
+    Args:
+        model: built on the meta device.
+        sources: by parameter name; a parameter without one is initialised.
+        seed, dtype, zero3_config: as in `build_thinker`.
+    """
+    report = BuildReport()
+    for prefix, module, owner in _modules_with_tensors(model):
+        names = {key: f"{prefix}.{key}" for key, _ in module.named_parameters(recurse=False)}
+        values = {key: _load(module, key, name, sources) for key, name in names.items()}
+        _allocate(module)
+        if any(value is None for value in values.values()) or module._buffers:
+            _initialise(module, owner, seed=seed, name=prefix)
+        for key, value in values.items():
+            param = getattr(module, key)
+            param.data = (param.data if value is None else value).to(dtype)
+            if value is None:
+                report.initialised.append(names[key])
+            else:
+                report.loaded[names[key]] = sources[names[key]].path
+        if zero3_config is not None and names:
+            _partition(module, zero3_config)
+    for source in {id(source): source for source in sources.values()}.values():
+        report.unused[source.path] = sorted(source.names() - set(report.loaded))
+    return report
+
+
+def format_build_report(report: BuildReport) -> str:
+    """Return a few lines: tensors by origin and group, and by name what no source gave."""
+    counts: dict[tuple[str, str], int] = {}
+    for name, path in report.loaded.items():
+        key = (group_of(name), f"loaded from {path}")
+        counts[key] = counts.get(key, 0) + 1
+    for name in report.initialised:
+        key = (group_of(name), "initialised")
+        counts[key] = counts.get(key, 0) + 1
+    lines = [f"{group:<18} {count:>5} tensors {how}" for (group, how), count in counts.items()]
+    if report.loaded and report.initialised:
+        lines += [f"not in any source: {name}" for name in report.initialised]
+    for path, names in report.unused.items():
+        parts: dict[str, int] = {}
+        for name in names:
+            part = name.split(".", 1)[0]
+            parts[part] = parts.get(part, 0) + 1
+        lines += [f"left alone in {path}: {n} tensors of {part}" for part, n in parts.items()]
+    return "\n".join(lines)
+
+
+def _sources(model: nn.Module, config: ModelConfig) -> dict[str, WeightSource]:
+    """The source of each parameter that has one; raises where a source lacks its tensor."""
+    base = open_source(config.init_from) if config.init_from else None
+    by_group = {group: open_source(path) for group, path in config.init_groups.items()}
+    names = [name for name, _ in model.named_parameters()]
+    groups = sorted({group_of(name) for name in names} - {UNUSED})
+    for group, path in config.init_groups.items():
+        if group not in groups:
+            raise ConfigError(
+                key=f"model.init_groups.{group}",
+                value=path,
+                rule="no parameter of this model is in the group",
+                remedy=f"use one of {', '.join(groups)}",
+            )
+    sources: dict[str, WeightSource] = {}
+    missing: dict[str, list[str]] = {}
+    held = {id(source): source.names() for source in [base, *by_group.values()] if source}
+    for name in names:
+        source = by_group.get(group_of(name), base)
+        if source is None:
+            continue
+        if name in held[id(source)]:
+            sources[name] = source
+        elif group_of(name) != UNUSED:
+            missing.setdefault(source.path, []).append(name)
+    for path, absent in missing.items():
+        raise ConfigError(
+            key="model.init_from",
+            value=path,
+            rule=f"{len(absent)} expected tensors are missing: {_shorten(absent)}",
+            remedy="use a checkpoint of the whole Thinker, or init_groups for a part",
+        )
+    return sources
+
+
+def _shorten(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+def _modules_with_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
+    """(name, module, model that knows its initialisation) of modules that own tensors."""
+    owners = {name: m for name, m in model.named_modules() if isinstance(m, PreTrainedModel)}
+    for name, module in list(model.named_modules()):
+        if module._parameters or module._buffers:
+            nearest = max((o for o in owners if f"{name}.".startswith(f"{o}.")), key=len)
+            yield name, module, owners[nearest]
+
+
+def _load(
+    module: nn.Module, key: str, name: str, sources: Mapping[str, WeightSource]
+) -> Tensor | None:
+    if name not in sources:
+        return None
+    value = sources[name].tensor(name)
+    expected = getattr(module, key).shape
+    if value.shape != expected:
+        raise ConfigError(
+            key="model.init_from",
+            value=sources[name].path,
+            rule=f"{name} is {tuple(value.shape)}, the model needs {tuple(expected)}",
+            remedy="use the preset and sizes that the weights were made with",
+        )
+    return value
+
+
+def _allocate(module: nn.Module) -> None:
+    """Replace the module's own meta tensors by CPU ones; what fills them comes next."""
+    for key, param in list(module.named_parameters(recurse=False)):
+        empty = torch.empty(param.shape, dtype=torch.float32)
+        setattr(module, key, nn.Parameter(empty, requires_grad=param.requires_grad))
+    for key, buffer in list(module.named_buffers(recurse=False)):
+        setattr(module, key, torch.empty_like(buffer, device="cpu"))
+
+
+def _initialise(module: nn.Module, owner: PreTrainedModel, *, seed: int, name: str) -> None:
+    """transformers' own initialisation, with a generator state that follows from the name."""
+    before = torch.get_rng_state()
+    # The default generator alone: torch.manual_seed would also reset those of the devices.
+    torch.default_generator.manual_seed(xxhash.xxh3_64_intdigest(f"{seed}:{name}".encode()) >> 1)
+    try:
+        with torch.no_grad():
+            owner._init_weights(module)
+    finally:
+        torch.set_rng_state(before)
+
+
+def _partition(module: nn.Module, zero3_config: dict[str, Any]) -> None:
+    import_deepspeed().zero.Init(module=module, config_dict_or_path=zero3_config)

@@ -1,0 +1,121 @@
+"""Which parameter belongs to which named group, and which groups a stage trains.
+
+Groups are the words of a stage's config: `llm`, `audio_projection` and so on. Learning rates and
+optimisers live in the engine; nothing here changes a value of a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import nn
+
+from omni_train.config.errors import ConfigError
+from omni_train.engine.groups import ParamGroup
+from omni_train.engine.optim import GroupConfig, OptimConfig
+
+# First match wins; the more particular prefix stands first.
+_PREFIXES = (
+    # Never read by the forward pass (RECIPE.md section 4): always frozen.
+    ("thinker.model.audio_tower.audio_bos_eos_token.", "unused"),
+    ("thinker.model.audio_tower.proj.", "audio_projection"),
+    ("thinker.model.audio_tower.", "audio_encoder"),
+    ("thinker.model.visual.merger.", "vision_merger"),
+    ("thinker.model.visual.", "vision_encoder"),
+    ("thinker.model.language_model.", "llm"),
+    ("thinker.lm_head.", "lm_head"),
+    ("talker.thinker_to_talker_proj.", "talker_projection"),
+    ("talker.codec_head.", "codec_head"),
+    ("talker.", "talker"),
+    ("token2wav.", "token2wav"),
+)
+UNUSED = "unused"
+GROUP_NAMES = tuple(dict.fromkeys(group for _, group in _PREFIXES if group != UNUSED))
+
+
+def group_of(name: str) -> str:
+    """Return the group of the parameter called `name`.
+
+    Raises:
+        KeyError: no group claims it, which is a bug of the table above.
+    """
+    for prefix, group in _PREFIXES:
+        if name.startswith(prefix):
+            return group
+    raise KeyError(f"parameter {name} belongs to no group")
+
+
+def select_groups(
+    model: nn.Module, optim: OptimConfig, *, trained: Collection[str]
+) -> list[ParamGroup]:
+    """Set `requires_grad` of every parameter and return the groups in the model's order.
+
+    Args:
+        model: with the parameter names that `group_of` knows.
+        optim: by group name, what differs from the stage and from the optimiser's own values.
+        trained: groups that the stage trains; the others are frozen.
+
+    Raises:
+        ConfigError: a named group is unknown or matches nothing, or nothing is trained.
+    """
+    members: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    for name, param in model.named_parameters():
+        members.setdefault(group_of(name), []).append((name, param))
+    known = [name for name in members if name != UNUSED]
+    for name in [*optim.groups, *trained]:
+        if name not in known:
+            raise ConfigError(
+                key=f"optim.groups.{name}",
+                value=name,
+                rule="no parameter of this model is in the group",
+                remedy=f"use one of {', '.join(known)}",
+            )
+    selected = [
+        _configured(name, params, optim, in_stage=name in trained)
+        for name, params in members.items()
+    ]
+    if not any(group.trainable for group in selected):
+        raise ConfigError(
+            key="optim.groups",
+            value=sorted(optim.groups),
+            rule="at least one group must be trained",
+            remedy="set trainable=true for one of them",
+        )
+    return selected
+
+
+def _configured(
+    name: str, params: list[tuple[str, nn.Parameter]], optim: OptimConfig, *, in_stage: bool
+) -> ParamGroup:
+    config = optim.groups.get(name, GroupConfig())
+    chosen = in_stage if config.trainable is None else config.trainable
+    trainable = chosen and name != UNUSED
+    for _, param in params:
+        param.requires_grad_(trainable)
+    lr = optim.lr if config.lr is None else config.lr
+    decay = optim.weight_decay if config.weight_decay is None else config.weight_decay
+    return ParamGroup(
+        name=name,
+        params=params,
+        trainable=trainable,
+        lr=lr if trainable else 0.0,
+        weight_decay=decay if trainable else 0.0,
+    )
+
+
+def format_group_table(groups: list[ParamGroup]) -> str:
+    """Return a table of the groups: parameters, state, learning rate and weight decay."""
+    lines = [
+        f"{'group':<18} {'tensors':>7} {'parameters':>14}  {'state':<8} {'lr':>9} {'decay':>6}"
+    ]
+    for group in groups:
+        state = "trained" if group.trainable else "frozen"
+        rates = f"{group.lr:>9.2e} {group.weight_decay:>6.3g}" if group.trainable else ""
+        lines.append(
+            f"{group.name:<18} {len(group.params):>7} {group.num_parameters:>14,}  {state:<8} "
+            f"{rates}".rstrip()
+        )
+    total = sum(group.num_parameters for group in groups)
+    trained = sum(group.num_parameters for group in groups if group.trainable)
+    lines.append(f"{trained:,} of {total:,} parameters are trained")
+    return "\n".join(lines)

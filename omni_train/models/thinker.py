@@ -1,0 +1,118 @@
+"""The Thinker as it is trained: one pack in, one log-probability per supervised token out.
+
+Every call runs the vision tower once and the audio tower once, whatever the pack holds, so that
+ZeRO-3's gathers are the same on every rank (RECIPE.md section 4). Nothing here computes positions,
+window indices or lengths; the data worker has done that (`omni_train.data.collate`).
+
+Letters: T tokens of the pack, N supervised tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
+    Qwen2_5OmniThinkerForConditionalGeneration,
+)
+from trl.kernels import ChunkedLogProbFunction
+
+from omni_train.data.image import normalize_patches
+from omni_train.data.types import Batch, ModelSpec
+from omni_train.models.attention import register_attention, segment_kwargs
+from omni_train.models.weights import BuildReport
+
+# Vocabulary columns of one tile of logits; with TRL's 4,096 rows a bf16 tile takes 64 MiB.
+LOGPROB_CHUNK = 8192
+
+
+class LogProbHead(nn.Linear):
+    """`lm_head` that gives log-probabilities without building the logits of a pack.
+
+    The fused kernel runs inside this module's own `forward`, so ZeRO-3's hooks gather the weight
+    for it, forward and backward.
+    """
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Return the log-probabilities of `targets`, or all logits without them (decoding).
+
+        Args:
+            hidden: [N, H]; any leading shape without targets.
+            targets: int64 [N].
+
+        Returns:
+            float32 [N], or logits [..., V] in the dtype of `hidden`.
+        """
+        if targets is None:
+            return super().forward(hidden)
+        logprobs: Tensor = ChunkedLogProbFunction.apply(
+            hidden, self.weight, self.bias, targets, 1.0, LOGPROB_CHUNK, None, 1.0, ()
+        )[0]
+        return logprobs
+
+
+class ThinkerForTraining(nn.Module):
+    """transformers' Thinker with a training forward of its own.
+
+    Args:
+        thinker: the model; its `lm_head` becomes a LogProbHead with the same weight, its language
+            model attends document by document.
+    """
+
+    def __init__(self, thinker: Qwen2_5OmniThinkerForConditionalGeneration) -> None:
+        super().__init__()
+        head = thinker.lm_head
+        with torch.device("meta"):
+            fused = LogProbHead(head.in_features, head.out_features, bias=head.bias is not None)
+        fused.weight, fused.bias = head.weight, head.bias
+        thinker.lm_head = fused
+        thinker.model.language_model.set_attn_implementation(register_attention())
+        self.thinker = thinker
+        # Where each tensor came from, and what data workers must know; set by build.py.
+        self.report = BuildReport()
+        self.spec: ModelSpec
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Return the input embeddings [1, T, H] with all media at their places."""
+        thinker = self.thinker.model
+        embeds: Tensor = thinker.language_model.embed_tokens(batch.input_ids)
+        visual, audio = thinker.visual, thinker.audio_tower
+        dtype = visual.patch_embed.proj.weight.dtype
+        seen = visual(
+            normalize_patches(batch.patches, dtype), grid_thw=batch.grid_thw, **batch.vision_kwargs
+        ).pooler_output
+        heard = audio(
+            feature_lens=batch.mel_lengths, padded_feature=batch.mel_chunks, **batch.audio_kwargs
+        ).last_hidden_state
+        flat = _place(embeds[0], batch.vision_index, seen)
+        return _place(flat, batch.audio_index, heard)[None]
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Return the last hidden states [1, T, H], after the final norm."""
+        embeds = self.embed(batch)
+        out = self.thinker.model.language_model(
+            inputs_embeds=embeds,
+            # A dict is taken as it is; anything else would make transformers build a mask.
+            attention_mask={"full_attention": None},
+            position_ids=batch.position_ids,
+            use_cache=False,
+            **segment_kwargs(batch.segment_lengths, embeds.device),
+        )
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the log-probabilities float32 [N] of the pack's supervised tokens."""
+        hidden = self.hidden(batch)[0].index_select(0, batch.target_index)
+        logprobs: Tensor = self.thinker.lm_head(hidden, batch.target_ids)
+        return logprobs
+
+
+def _place(embeds: Tensor, index: Tensor, features: Tensor) -> Tensor:
+    """Put `features` [M, H] at positions `index` [M] of `embeds` [T, H], out of place.
+
+    With a dummy the index is empty, no row is taken and the tower's gradient is exactly zero;
+    the operations, and so the backward pass, are the same as with real media.
+    """
+    count = index.numel()
+    assert count in (0, features.shape[0]), f"{count} placeholders, {features.shape[0]} embeddings"
+    return embeds.index_copy(0, index, features[:count].to(embeds.dtype))

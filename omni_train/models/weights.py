@@ -1,0 +1,197 @@
+"""Where weights are read from: a safetensors directory of Qwen2.5-Omni, or a checkpoint of ours.
+
+Every source speaks of tensors by the names of `ThinkerForTraining` (`thinker.model.visual...`),
+whatever its file calls them. Only safetensors files are read; no pickle, no network.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from omni_train.config.errors import ConfigError
+from omni_train.engine.checkpoint_files import MANIFEST, CheckpointError, step_folders
+from omni_train.engine.checkpoint_reader import CheckpointReader
+
+INDEX_FILE = "model.safetensors.index.json"
+# Parts of the whole model that keep their names; the Thinker does not read them.
+_OTHER_PARTS = ("talker.", "token2wav.")
+_TOWERS = ("audio_tower.", "visual.")
+_TEXT = ("layers.", "embed_tokens.", "norm.")
+
+
+@dataclass(slots=True)
+class BuildReport:
+    """Where every tensor of a model came from.
+
+    Args:
+        loaded: path of the source by parameter name.
+        initialised: parameters that were filled at random (or with ones and zeros).
+        unused: tensors of the sources that the model has no place for, by source path.
+    """
+
+    loaded: dict[str, str] = field(default_factory=dict)
+    initialised: list[str] = field(default_factory=list)
+    unused: dict[str, list[str]] = field(default_factory=dict)
+
+
+class WeightSource(Protocol):
+    """Tensors by name."""
+
+    path: str
+
+    def names(self) -> set[str]:
+        """Return the names of all tensors of the source."""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one whole tensor on the CPU, in the dtype it was saved in."""
+        ...
+
+
+def canonical_name(name: str) -> str:
+    """Return our name of a tensor of a released or saved model.
+
+    Since transformers 5.23 the parts of the Thinker are `thinker.model.{audio_tower, visual,
+    language_model}`; older files say `thinker.{audio_tower, visual, model}`; a file of the Thinker
+    alone leaves `thinker.` out (RECIPE.md section 4). Unknown names come back as they are.
+    """
+    if name.startswith(_OTHER_PARTS):
+        return name
+    rest = name.removeprefix("thinker.")
+    if rest.startswith(_TOWERS):
+        return f"thinker.model.{rest}"
+    inner = rest.removeprefix("model.")
+    if inner != rest and inner.startswith(_TEXT):
+        return f"thinker.model.language_model.{inner}"
+    return f"thinker.{rest}"
+
+
+class SafetensorsSource:
+    """Weights in the safetensors files of one directory, sharded or not.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        ConfigError: no safetensors file, an index that names other places, or two tensors that
+            mean the same one.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._files: dict[str, Any] = {}
+        self._places: dict[str, tuple[str, str]] = {}
+        for stored, file in _stored_tensors(Path(path)):
+            name = canonical_name(stored)
+            if name in self._places:
+                raise _unusable(path, f"{stored} and {self._places[name][1]} are the same tensor")
+            self._places[name] = (file, stored)
+
+    def names(self) -> set[str]:
+        """Return the canonical names of all tensors."""
+        return set(self._places)
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor from its file."""
+        file, stored = self._places[name]
+        if file not in self._files:
+            self._files[file] = _open(Path(self.path) / file)
+        try:
+            tensor: Tensor = self._files[file].get_tensor(stored)
+        except SafetensorError as error:
+            raise _unusable(self.path, f"{file} does not hold {stored} ({error})") from error
+        return tensor
+
+
+class CheckpointSource:
+    """Weights of a checkpoint that a run of ours saved: the fp32 master weights.
+
+    Args:
+        path: the checkpoint; every byte of it is checked first.
+
+    Raises:
+        ConfigError: a file of it is missing or damaged.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self._reader = CheckpointReader(path)
+        except CheckpointError as error:
+            raise _unusable(path, str(error)) from error
+
+    def names(self) -> set[str]:
+        """Return the names of all parameters that the checkpoint holds."""
+        return set(self._reader.names())
+
+    def tensor(self, name: str) -> Tensor:
+        """Put one parameter together from the slices of all ranks."""
+        return self._reader.full(name)
+
+
+def open_source(path: str) -> WeightSource:
+    """Return the source at `path`: our own checkpoint, a run, or else a safetensors directory.
+
+    Of a run the newest checkpoint is taken; a damaged one is an error here, since to start from
+    an older one is for a person to decide.
+
+    Raises:
+        ConfigError: there is no such directory, or nothing in it that can be read.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise _unusable(path, "there is no such directory")
+    if (directory / "checkpoints").is_dir():
+        newest = step_folders(directory / "checkpoints")[:1]
+        if not newest:
+            raise _unusable(path, "the run has no checkpoint yet")
+        return CheckpointSource(str(newest[0]))
+    if (directory / MANIFEST).is_file() and not any(directory.glob("model*.safetensors")):
+        return CheckpointSource(path)
+    return SafetensorsSource(path)
+
+
+def _stored_tensors(directory: Path) -> list[tuple[str, str]]:
+    """(name in the file, file) of every tensor of a directory."""
+    index = directory / INDEX_FILE
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+            pairs = [(str(name), str(file)) for name, file in weight_map.items()]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _unusable(str(directory), f"{INDEX_FILE} cannot be read ({error!r})") from error
+        for name, file in pairs:
+            # The index is input: it may only name files beside it.
+            if Path(file).name != file or not (directory / file).is_file():
+                raise _unusable(str(directory), f"{name} should be in {file!r}, which is not there")
+        return pairs
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise _unusable(str(directory), "there is no safetensors file in it")
+    return [(name, file.name) for file in files for name in _names(file)]
+
+
+def _names(file: Path) -> list[str]:
+    return list(_open(file).keys())
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise _unusable(str(file), f"the file cannot be read ({error})") from error
+
+
+def _unusable(path: str, rule: str) -> ConfigError:
+    return ConfigError(
+        key="model.init_from",
+        value=path,
+        rule=rule,
+        remedy="give a checkpoint, a run, or a directory with the safetensors of Qwen2.5-Omni",
+    )

@@ -1,0 +1,1 @@
+"""Losses: model and batch in, StepOutput out."""
