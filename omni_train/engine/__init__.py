@@ -1,0 +1,1 @@
+"""Training engine: one loop, DeepSpeed set-up, checkpoints, run directory."""

@@ -1,0 +1,53 @@
+"""Exit codes of a run and which exception ends in which.
+
+torchrun flattens them to 1, so `state.json` of the run directory carries the code too.
+"""
+
+from __future__ import annotations
+
+import errno
+from enum import IntEnum
+
+from omni_train.config.errors import ConfigError, DataError
+
+
+class ExitCode(IntEnum):
+    """How a run ended."""
+
+    done = 0
+    usage = 2
+    bad_data = 65
+    missing_input = 66
+    bug = 70
+    locked = 73
+    disk = 74
+    preempted = 75
+    non_finite = 76
+    refused = 77
+    hang = 79
+
+
+class RunError(RuntimeError):
+    """An end that has its own exit code. The message says what happened and what to do."""
+
+    def __init__(self, code: ExitCode, message: str) -> None:
+        self.code = code
+        super().__init__(message)
+
+
+_DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+
+
+def exit_code_of(error: BaseException) -> ExitCode:
+    """Return the exit code that an exception stands for."""
+    if isinstance(error, RunError):
+        return error.code
+    if isinstance(error, ConfigError):
+        return ExitCode.usage
+    if isinstance(error, DataError):
+        return ExitCode.bad_data
+    if isinstance(error, FileNotFoundError):
+        return ExitCode.missing_input
+    if isinstance(error, OSError) and error.errno in _DISK_ERRNOS:
+        return ExitCode.disk
+    return ExitCode.bug

@@ -1,0 +1,177 @@
+"""The one training loop: fetch, forward and backward, vote, update, log, save.
+
+Loss and gradients are sums divided by the supervised tokens of the whole global step, so packing,
+accumulation and world size do not change them. Everything particular to a stage is in the step
+function it is given; nothing here knows a stage, a modality or a loss.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from omni_train.config.errors import ConfigError
+from omni_train.engine import shards
+from omni_train.engine.checkpoint import restore_latest, save_checkpoint
+from omni_train.engine.deepspeed import Engine
+from omni_train.engine.distributed import gather_json, sum_over_ranks
+from omni_train.engine.exit_codes import ExitCode, RunError
+from omni_train.engine.hashing import group_hashes
+from omni_train.engine.progress import Clock, log_step, report_non_finite
+from omni_train.engine.run import Run
+from omni_train.engine.types import Loader, StepItem
+from omni_train.engine.vote import Report, Verdict, local_report, verdict_of
+from omni_train.objectives.types import StepFunction, StepOutput
+
+Every = Sequence[tuple[int, Callable[[Engine, int], None]]]
+
+
+@dataclass(kw_only=True, slots=True)
+class FitConfig:
+    """How long to train and how often to save.
+
+    Args:
+        max_steps: global steps of the stage; the learning rate's schedule ends there.
+        save_steps: global steps between checkpoints; one more is written at the end.
+        log_steps: global steps between progress lines; every step is an event.
+        keep_checkpoints: complete checkpoints to keep.
+        max_skipped_steps: non-finite steps in a row after which the run stops (exit code 76).
+    """
+
+    max_steps: int
+    save_steps: int = 500
+    log_steps: int = 10
+    keep_checkpoints: int = 2
+    max_skipped_steps: int = 5
+
+    def __post_init__(self) -> None:
+        lowest = {"max_steps": 1, "save_steps": 1, "log_steps": 1, "keep_checkpoints": 2}
+        for key, bound in {**lowest, "max_skipped_steps": 0}.items():
+            if getattr(self, key) < bound:
+                raise ConfigError(
+                    key=f"fit.{key}",
+                    value=getattr(self, key),
+                    rule=f"must be at least {bound}",
+                    remedy=f"give {bound} or more",
+                )
+
+
+def fit(
+    engine: Engine,
+    loader: Loader,
+    step: StepFunction,
+    cfg: FitConfig,
+    run: Run,
+    every: Every = (),
+) -> None:
+    """Train until `cfg.max_steps` global steps are done, from the newest checkpoint if any.
+
+    Args:
+        engine: model under DeepSpeed with its groups.
+        loader: gives this rank's micro-batches of each global step.
+        step: (model, micro-batch) -> StepOutput with the summed loss.
+        cfg: length and intervals.
+        run: run directory.
+        every: (interval, function); the function is called as `fn(engine, step)` on all ranks
+            after each step whose number, counted from 1, the interval divides.
+
+    Raises:
+        RunError: too many non-finite steps in a row (76), or a checkpoint could not be written.
+        DataError: the loader counted too many unusable samples.
+    """
+    saved = _start(engine, loader, cfg, run)
+    skipped, metrics = 0, {}
+    engine.model.train()
+    items = iter(loader.steps()) if engine.step < cfg.max_steps else iter(())
+    while engine.step < cfg.max_steps:
+        clock = Clock()
+        with clock.part("data"):
+            item = next(items, None)
+        if item is None:
+            run.event("data_end", step=engine.step)
+            break
+        verdict, lrs = _global_step(engine, item, step, cfg, run, clock)
+        metrics = log_step(run, item, verdict, lrs, clock, log_steps=cfg.log_steps)
+        loader.count_bad(verdict.bad_samples, num_samples=verdict.num_samples)
+        skipped = 0 if verdict.finite else skipped + 1
+        if skipped > cfg.max_skipped_steps:
+            reason = f"{skipped} non-finite steps in a row, the last one {engine.step}"
+            raise RunError(ExitCode.non_finite, f"{reason}; see the non_finite events for samples")
+        if engine.step % cfg.save_steps == 0:
+            saved = _save(engine, loader, cfg, run, metrics)
+        for interval, function in every:
+            if engine.step % interval == 0:
+                function(engine, engine.step)
+                engine.model.train()
+    if saved != engine.step:
+        _save(engine, loader, cfg, run, metrics)
+    run.event("fit_end", step=engine.step, hashes=group_hashes(engine))
+
+
+def _start(engine: Engine, loader: Loader, cfg: FitConfig, run: Run) -> int:
+    """Restore the newest checkpoint, if any, and record what training starts from."""
+    state = restore_latest(engine, run)
+    if state is not None:
+        loader.load_state(state["loader"])
+        run.event("resume", step=engine.step)
+    run.step = engine.step
+    run.event(
+        "fit_start",
+        step=engine.step,
+        max_steps=cfg.max_steps,
+        trained=[group.name for group in engine.trained],
+        hashes=group_hashes(engine),
+    )
+    return engine.step
+
+
+def _global_step(
+    engine: Engine, item: StepItem, step: StepFunction, cfg: FitConfig, run: Run, clock: Clock
+) -> tuple[Verdict, dict[str, float]]:
+    """Run all micro-batches of a global step and update if every rank agrees that it may."""
+    model, batches = engine.model, item.micro_batches
+    num_tokens = sum_over_ranks([sum(batch.num_target_tokens for batch in batches)])[0]
+    # DeepSpeed averages over ranks; with this factor that becomes sum / tokens.
+    scale = run.world.size / max(num_tokens, 1)
+    outputs: list[StepOutput] = []
+    for number, batch in enumerate(batches, start=1):
+        model.set_gradient_accumulation_boundary(number == len(batches))
+        with clock.part("forward"):
+            output = step(model, batch.to(run.world.device))
+        if output.num_tokens != batch.num_target_tokens:
+            counts = f"{output.num_tokens} against {batch.num_target_tokens}"
+            raise RunError(ExitCode.bug, f"objective and batch count other tokens: {counts}")
+        with clock.part("backward"):
+            model.backward(output.loss * scale, scale_wrt_gas=False)
+        output.loss = output.loss.detach()
+        outputs.append(output)
+    with clock.part("vote"):
+        report = local_report(engine, outputs, batches)
+        verdict = verdict_of([Report(**rank) for rank in gather_json(report.as_dict())], num_tokens)
+    engine.step += 1
+    run.step = engine.step
+    with clock.part("update"):
+        lrs = engine.set_lr(step=engine.step - 1, max_steps=cfg.max_steps)
+        if verdict.finite and num_tokens:
+            model.step()
+            if not model.was_step_applied():
+                raise RunError(ExitCode.bug, f"DeepSpeed refused step {engine.step} after the vote")
+        else:
+            shards.discard_gradients(model)
+    if not verdict.finite:
+        report_non_finite(verdict, batches, run, step=engine.step)
+    for row in verdict.bad_samples:
+        run.ledger(source=row[0], shard=row[1], key=row[2], reason=row[3])
+    return verdict, lrs
+
+
+def _save(
+    engine: Engine, loader: Loader, cfg: FitConfig, run: Run, metrics: dict[str, float]
+) -> int:
+    start = time.perf_counter()
+    keep, state = cfg.keep_checkpoints, loader.state()
+    path = save_checkpoint(engine, run, loader_state=state, metrics=metrics, keep=keep)
+    run.event("save", step=engine.step, path=path.name, seconds=time.perf_counter() - start)
+    run.write_state("running", exit_code=None, reason="")
+    return engine.step

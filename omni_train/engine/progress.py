@@ -1,0 +1,78 @@
+"""What the loop tells of a step: the `step` event, the progress line, the report of bad numbers.
+
+Reports only; what is done about a step is decided in fit.py.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from omni_train.engine.distributed import gather_json
+from omni_train.engine.run import Run, log
+from omni_train.engine.types import MicroBatch, StepItem
+from omni_train.engine.vote import Verdict
+
+
+@dataclass(slots=True)
+class Clock:
+    """Host seconds by part of a step; on a GPU the vote waits for the device."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add the time of the block to `name`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def report_non_finite(
+    verdict: Verdict, batches: Sequence[MicroBatch], run: Run, *, step: int
+) -> None:
+    """Record which ranks and samples made a step non-finite; all ranks must call."""
+    keys = gather_json([batch.keys for batch in batches])
+    for rank, micro_steps in verdict.offenders.items():
+        suspects = [keys[rank][number] for number in micro_steps] or keys[rank]
+        what = "loss" if micro_steps else "gradient"
+        run.event("non_finite", step=step, rank=rank, what=what, keys=suspects)
+        if run.is_main:
+            log.warning("step %d skipped: %s of rank %d, samples %s", step, what, rank, suspects)
+
+
+def log_step(
+    run: Run,
+    item: StepItem,
+    verdict: Verdict,
+    lrs: dict[str, float],
+    clock: Clock,
+    *,
+    log_steps: int,
+) -> dict[str, float]:
+    """Write the `step` event and, every `log_steps`, a progress line; return the figures."""
+    rate = verdict.all_tokens / sum(clock.seconds.values())
+    run.event(
+        "step",
+        step=run.step,
+        loss=verdict.loss,
+        tokens=verdict.all_tokens,
+        target_tokens=verdict.num_tokens,
+        tokens_per_s=round(rate, 1),
+        grad_norm={"total": verdict.grad_norm, **verdict.group_norms},
+        lr=lrs,
+        applied=verdict.finite and verdict.num_tokens > 0,
+        metrics=verdict.metrics,
+        seconds={name: round(value, 6) for name, value in clock.seconds.items()},
+        peak_rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        position={"epoch": item.epoch, "window": item.window, "step": item.step},
+        num_samples=verdict.num_samples,
+        keys=verdict.keys,
+    )
+    if run.is_main and run.step % log_steps == 0:
+        norm = verdict.grad_norm
+        log.info("step %d loss %.4f norm %.3g %.0f tok/s", run.step, verdict.loss, norm, rate)
+    return {"loss": verdict.loss, **verdict.metrics}

@@ -1,0 +1,283 @@
+"""The run directory: who owns it, what was started there, what happened, how it ended.
+
+    config.yaml       as it was typed          fingerprint.json  identity of config, data and code
+    resolved.yaml     without secrets          events.jsonl      the truth; all else is a view
+    state.json        status and exit code     ledger.jsonl      samples that could not be used
+    lock              one owner at a time      logs/rank-*.log   checkpoints/  quarantine/
+
+Only rank 0 writes here, apart from each rank's log and checkpoint files. Training is not here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from omni_train.config.errors import ConfigError
+from omni_train.engine.distributed import World, gather_json, init_distributed
+from omni_train.engine.exit_codes import ExitCode, RunError, exit_code_of
+from omni_train.engine.fingerprint import Identity, identity_of, plain, redact
+from omni_train.engine.lock import RunLock
+from omni_train.tracking.config import TrackingConfig
+from omni_train.tracking.events import JsonlWriter
+
+log = logging.getLogger("omni_train")
+_FINGERPRINT = "fingerprint.json"
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """Where a run lives and what it is called.
+
+    Args:
+        dir: run directory; the same directory again resumes.
+        experiment: name that groups the runs of several stages.
+        seed: of Python, NumPy and torch, and of the data order.
+        resume_allow: fingerprint keys (or their prefixes) that may differ on resume.
+    """
+
+    dir: str
+    experiment: str = "default"
+    seed: int = 0
+    resume_allow: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.dir:
+            raise ConfigError(
+                key="run.dir",
+                value=self.dir,
+                rule="a run needs a directory of its own",
+                remedy="give a path such as runs/my-run",
+            )
+        if self.seed < 0:
+            raise ConfigError(
+                key="run.seed",
+                value=self.seed,
+                rule="must not be negative",
+                remedy="give 0 or more",
+            )
+
+
+@dataclass(slots=True)
+class Run:
+    """A run in progress, as the recipe and `fit` see it.
+
+    Args:
+        dir: run directory.
+        world: this process among the ranks.
+        config: the run's settings.
+        stage: name of the recipe.
+        identity: fingerprint that checkpoints carry.
+        step: last finished global step.
+    """
+
+    dir: Path
+    world: World
+    config: RunConfig
+    stage: str
+    identity: Identity
+    step: int = 0
+    _started: float = field(default_factory=time.monotonic)
+    _events: JsonlWriter | None = None
+    _ledger: JsonlWriter | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.world.rank == 0
+
+    @property
+    def checkpoints(self) -> Path:
+        """Directory of the checkpoints."""
+        return self.dir / "checkpoints"
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append an event; ranks other than 0 may call it and write nothing."""
+        if self._events is not None:
+            elapsed = round(time.monotonic() - self._started, 6)
+            stamp = {"kind": kind, "time": round(time.time(), 3), "elapsed_s": elapsed}
+            self._events.write({**stamp, **fields})
+
+    def ledger(self, *, source: str, shard: str, key: str, reason: str) -> None:
+        """Record a sample that was planned but not used; ranks other than 0 write nothing."""
+        if self._ledger is not None:
+            row = {"step": self.step, "source": source, "shard": shard, "key": key}
+            self._ledger.write({**row, "reason": reason})
+
+    def write_state(self, status: str, **fields: Any) -> None:
+        """Replace `state.json` on rank 0; a reader never sees half of it."""
+        if self.is_main:
+            state = {"status": status, "stage": self.stage, "step": self.step, **fields}
+            write_text_atomically(self.dir / "state.json", json.dumps(state, indent=1) + "\n")
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Replace a file so that readers, and a crash, leave either the old or the new text."""
+    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch alike on every rank; the model is then built alike too."""
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def start_run(
+    config: RunConfig,
+    *,
+    stage: str,
+    settings: object,
+    config_yaml: str = "",
+    data_hashes: Mapping[str, str] | None = None,
+    tracking: TrackingConfig | None = None,
+) -> Iterator[Run]:
+    """Open or resume a run directory, seed, start the process group, and record how the run ends.
+
+    Args:
+        config: directory, seed, names.
+        stage: name of the recipe.
+        settings: the recipe's whole typed config; secrets are redacted before it is written.
+        config_yaml: the config as the user typed it.
+        data_hashes: what identifies the data: a name and a hash per source.
+        tracking: views to write at the end.
+
+    Raises:
+        RunError: another process owns the directory (exit code 73).
+        ConfigError: config, data or code differ from what the directory was started with.
+    """
+    world = init_distributed()
+    run_dir = Path(config.dir).absolute()
+    lock = RunLock(run_dir / "lock")
+    _on_main(world, lambda: lock.acquire(config.experiment))
+    run = Run(run_dir, world, config, stage, identity_of(settings, data_hashes or {}))
+    try:
+        # Refusing to resume must not touch what is recorded of the run.
+        _on_main(world, lambda: _check_identity(run))
+    except BaseException:
+        lock.release()
+        raise
+    handlers = _open_logs(run)
+    try:
+        _on_main(world, lambda: _open(run, settings, config_yaml))
+        seed_everything(config.seed)
+        yield run
+    except BaseException as error:
+        _failed(run, error)
+        raise
+    else:
+        run.event("run_end", status="done", step=run.step)
+        run.write_state("done", exit_code=int(ExitCode.done), reason="")
+    finally:
+        if run.is_main:
+            _write_views(run, settings, tracking or TrackingConfig(wandb=False))
+        lock.release()
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()
+
+
+def _on_main(world: World, action: Any) -> None:
+    """Run `action` on rank 0 alone; every rank ends the same way where it fails."""
+    failure: Exception | None = None
+    if world.rank == 0:
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001  raised again below, on every rank
+            failure = error
+    codes = gather_json([int(exit_code_of(failure)), str(failure)] if failure else None)
+    if failure is not None:
+        raise failure
+    if codes[0] is not None:
+        raise RunError(ExitCode(codes[0][0]), codes[0][1])
+
+
+def _check_identity(run: Run) -> None:
+    recorded = run.dir / _FINGERPRINT
+    if recorded.exists():
+        before = Identity(**json.loads(recorded.read_text(encoding="utf-8")))
+        run.identity.check_against(before, allow=run.config.resume_allow)
+
+
+def _open(run: Run, settings: object, config_yaml: str) -> None:
+    recorded = run.dir / _FINGERPRINT
+    resumed = recorded.exists()
+    write_text_atomically(recorded, json.dumps(run.identity.as_dict(), indent=1) + "\n")
+    write_text_atomically(run.dir / "config.yaml", config_yaml)
+    resolved = yaml.safe_dump(redact(plain(settings)), sort_keys=False)
+    write_text_atomically(run.dir / "resolved.yaml", resolved)
+    run._events = JsonlWriter(run.dir / "events.jsonl")
+    run._ledger = JsonlWriter(run.dir / "ledger.jsonl")
+    run.write_state("running", exit_code=None, reason="")
+    run.event(
+        "run_resume" if resumed else "run_start",
+        stage=run.stage,
+        experiment=run.config.experiment,
+        run_id=f"{run.config.experiment}/{run.dir.name}",
+        ranks=run.world.size,
+        seed=run.config.seed,
+        versions=run.identity.versions,
+    )
+
+
+def _open_logs(run: Run) -> list[logging.Handler]:
+    folder = run.dir / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    handlers: list[logging.Handler] = [
+        logging.FileHandler(folder / f"rank-{run.world.rank:05d}.log", encoding="utf-8")
+    ]
+    if run.is_main:
+        terminal = logging.StreamHandler()
+        terminal.setLevel(logging.INFO)
+        handlers.append(terminal)
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    formatter = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
+    for handler in handlers:
+        handler.setFormatter(formatter)
+        log.addHandler(handler)
+    return handlers
+
+
+def _failed(run: Run, error: BaseException) -> None:
+    code = exit_code_of(error)
+    reason = f"{type(error).__name__}: {error}"
+    status = "preempted" if code is ExitCode.preempted else "failed"
+    log.error("run %s at step %d: %s", status, run.step, reason)
+    log.debug("where it failed", exc_info=error)
+    run.event("run_end", status=status, step=run.step, exit_code=int(code), reason=reason)
+    run.write_state(status, exit_code=int(code), reason=reason)
+
+
+def _write_views(run: Run, settings: object, tracking: TrackingConfig) -> None:
+    """Write the views; a view that fails is reported and costs the run nothing."""
+    if tracking.wandb and run._events is not None:
+        try:
+            from omni_train.tracking.wandb_view import write_wandb
+
+            write_wandb(run.dir, project=tracking.project, config=redact(plain(settings)))
+        except Exception as error:  # noqa: BLE001  a view must never harm the run
+            log.warning("no W&B view: %s: %s", type(error).__name__, error)
+            run.event("view_failed", view="wandb", reason=f"{type(error).__name__}: {error}")
+    for writer in (run._events, run._ledger):
+        if writer is not None:
+            writer.close()

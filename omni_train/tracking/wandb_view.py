@@ -1,0 +1,89 @@
+"""W&B as a view of `events.jsonl`: an offline run, rebuilt from the file whenever asked.
+
+Training never imports this module before it has ended, so that W&B can neither delay a step nor
+lose one. Uploading is a process of its own (`wandb sync`), started by whoever has a network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from omni_train.tracking.events import read_jsonl, read_steps
+
+_INIT_TIMEOUT_S = 30.0
+# Numbers of a step event that are of no use as a curve.
+_NOT_CURVES = {"kind", "time", "step", "keys", "applied"}
+
+
+def flatten(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Return the finite numbers of a nested record under `a/b` names."""
+    flat: dict[str, float] = {}
+    for key, value in record.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{name}/"))
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            flat[name] = float(value)
+    return flat
+
+
+def write_wandb(run_dir: Path, *, project: str, config: dict[str, Any] | None = None) -> Path:
+    """Rebuild the offline W&B run of `run_dir` and return its directory.
+
+    The run's id is derived from the run directory's own id, so a second upload continues the same
+    W&B run. Group is the experiment, job type the stage, both as the `run_start` event says.
+
+    Args:
+        run_dir: run directory.
+        project: W&B project.
+        config: settings to show, already free of secrets.
+
+    Raises:
+        Exception: whatever W&B raises; the caller decides that it does not matter.
+    """
+    import wandb
+
+    events = list(read_jsonl(run_dir / "events.jsonl"))
+    start: dict[str, Any] = next((e for e in events if e["kind"] == "run_start"), {})
+    target = run_dir / "wandb"
+    staging = run_dir / f"wandb.tmp-{uuid.uuid4().hex[:8]}"
+    staging.mkdir()
+    run = wandb.init(
+        project=project,
+        dir=str(staging),
+        id=hashlib.sha256(str(start.get("run_id", run_dir.name)).encode()).hexdigest()[:12],
+        name=str(start.get("stage", run_dir.name)),
+        group=str(start.get("experiment", "")) or None,
+        job_type=str(start.get("stage", "")) or None,
+        config=config,
+        mode="offline",
+        reinit="create_new",
+        settings=wandb.Settings(
+            # Arguments, host and code stay out of the file; a token may be among them.
+            x_disable_meta=True,
+            x_disable_stats=True,
+            disable_git=True,
+            disable_code=True,
+            save_code=False,
+            console="off",
+            silent=True,
+            init_timeout=_INIT_TIMEOUT_S,
+        ),
+    )
+    try:
+        for event in read_steps(run_dir / "events.jsonl"):
+            curves = {key: value for key, value in event.items() if key not in _NOT_CURVES}
+            run.log(flatten(curves), step=int(event["step"]))
+        for event in events:
+            if event["kind"] == "evaluation":
+                run.summary.update(flatten({k: v for k, v in event.items() if k != "time"}))
+    finally:
+        run.finish()
+    if target.exists():
+        shutil.rmtree(target)
+    staging.replace(target)
+    return target
