@@ -1,0 +1,69 @@
+"""Stage 9: score a checkpoint on held-out data.
+
+In:       a checkpoint, and shards that no stage was trained on
+Trained:  nothing
+Decoding: greedy, repetition penalty 1.0, on a plain replica per rank
+Out:      `evaluation` events and `predictions-<task>.jsonl` with every reply
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import DictConfig, OmegaConf
+
+from omni_train.config.errors import ConfigError
+from omni_train.config.recipe import recipe_main
+from omni_train.data.tokenizer import load_tokenizer
+from omni_train.data.types import ProcessingConfig
+from omni_train.engine.deepspeed import Precision
+from omni_train.engine.run import RunConfig, start_run
+from omni_train.evaluation.tasks import EvaluationTask, evaluate_task
+from omni_train.models.build import build_replica
+from omni_train.models.config import ModelConfig
+from omni_train.tracking.config import TrackingConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig:
+    """Root config of `evaluate`."""
+
+    run: RunConfig
+    model: ModelConfig
+    tasks: dict[str, EvaluationTask]
+    processing: ProcessingConfig = field(default_factory=ProcessingConfig)
+    precision: Precision = Precision.bf16
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def validate(cfg: EvaluateConfig, world_size: int) -> None:
+    """Refuse what could only be a mistake: random weights, or nothing to score."""
+    if not cfg.model.init_from:
+        raise ConfigError(
+            key="model.init_from",
+            value="",
+            rule="random weights have no score worth knowing",
+            remedy="give a run, a checkpoint, or a directory of safetensors",
+        )
+    if not cfg.tasks:
+        raise ConfigError(
+            key="tasks",
+            value={},
+            rule="there is nothing to score",
+            remedy="add tasks.NAME.path=DIRECTORY and tasks.NAME.metric",
+        )
+
+
+@recipe_main(EvaluateConfig, "evaluate", validate)
+def main(raw: DictConfig) -> None:
+    """Score every task."""
+    cfg: EvaluateConfig = OmegaConf.to_object(raw)  # type: ignore[assignment]
+    with start_run(cfg.run, stage="evaluate", settings=cfg, tracking=cfg.tracking) as run:
+        tokenizer = load_tokenizer(cfg.model.tokenizer)
+        model = build_replica(cfg.model, tokenizer, cfg.precision, run.world.device)
+        for name, task in cfg.tasks.items():
+            evaluate_task(name, task, model, tokenizer, cfg.processing, run)
+
+
+if __name__ == "__main__":
+    main()

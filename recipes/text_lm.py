@@ -1,0 +1,62 @@
+"""Stage -1, for machines without weights: a small text LM that stands for Qwen2.5.
+
+In:       plain text and text dialogues; fresh weights from a seed
+Trained:  the language model and its head
+Frozen:   both towers and their adapters, still at their random initialisation
+Loss:     next token, on the assistant turns
+Out:      checkpoints of the whole Thinker; stage 1 starts from them
+
+A released model starts from Qwen2.5 instead (section 4.1 of the report, arXiv 2503.20215).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import DictConfig, OmegaConf
+
+from omni_train.config.recipe import recipe_main
+from omni_train.data.config import DataConfig
+from omni_train.data.loader import build_loader
+from omni_train.data.tokenizer import load_tokenizer
+from omni_train.engine.deepspeed import DeepSpeedConfig, build_engine
+from omni_train.engine.fit import FitConfig, fit
+from omni_train.engine.optim import OptimConfig
+from omni_train.engine.run import RunConfig, start_run
+from omni_train.models.build import build_for_training
+from omni_train.models.config import ModelConfig
+from omni_train.models.groups import select_groups
+from omni_train.objectives.next_token import next_token
+from omni_train.tracking.config import TrackingConfig
+
+TRAINED = ("llm", "lm_head")
+
+
+@dataclass(kw_only=True, slots=True)
+class TextLmConfig:
+    """Root config of `text_lm`."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    fit: FitConfig
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@recipe_main(TextLmConfig, "text_lm")
+def main(raw: DictConfig) -> None:
+    """Train the text LM."""
+    cfg: TextLmConfig = OmegaConf.to_object(raw)  # type: ignore[assignment]
+    with start_run(cfg.run, stage="text_lm", settings=cfg, tracking=cfg.tracking) as run:
+        tokenizer = load_tokenizer(cfg.model.tokenizer)
+        model = build_for_training(cfg.model, tokenizer, cfg.deepspeed, seed=cfg.run.seed)
+        groups = select_groups(model, cfg.optim, trained=TRAINED)
+        loader = build_loader(cfg.data, tokenizer, model.spec, run)
+        engine = build_engine(model, groups, cfg.optim, cfg.deepspeed)
+        fit(engine, loader, next_token, cfg.fit, run)
+
+
+if __name__ == "__main__":
+    main()
