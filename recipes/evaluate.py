@@ -58,7 +58,9 @@ def validate(cfg: EvaluateConfig, world_size: int) -> None:
 def main(raw: DictConfig) -> None:
     """Score every task."""
     cfg: EvaluateConfig = OmegaConf.to_object(raw)  # type: ignore[assignment]
-    with start_run(cfg.run, stage="evaluate", settings=cfg, tracking=cfg.tracking) as run:
+    with start_run(
+        cfg.run, stage="evaluate", settings=cfg, typed=raw, tracking=cfg.tracking
+    ) as run:
         tokenizer = load_tokenizer(cfg.model.tokenizer)
         model = build_replica(cfg.model, tokenizer, cfg.precision, run.world.device)
         for name, task in cfg.tasks.items():

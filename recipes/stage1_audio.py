@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from omni_train.config.recipe import recipe_main
 from omni_train.data.config import DataConfig
-from omni_train.data.loader import build_loader
+from omni_train.data.loader import build_loader, source_hashes
 from omni_train.data.tokenizer import load_tokenizer
 from omni_train.engine.deepspeed import DeepSpeedConfig, build_engine
 from omni_train.engine.fit import FitConfig, fit
@@ -65,7 +65,14 @@ def main(raw: DictConfig) -> None:
     """Train the audio projection, or the audio encoder with it."""
     cfg: Stage1AudioConfig = OmegaConf.to_object(raw)  # type: ignore[assignment]
     stage = f"stage1_audio_{cfg.phase.name}"
-    with start_run(cfg.run, stage=stage, settings=cfg, tracking=cfg.tracking) as run:
+    with start_run(
+        cfg.run,
+        stage=stage,
+        settings=cfg,
+        typed=raw,
+        data_hashes=source_hashes(cfg.data),
+        tracking=cfg.tracking,
+    ) as run:
         tokenizer = load_tokenizer(cfg.model.tokenizer)
         model = build_for_training(cfg.model, tokenizer, cfg.deepspeed, seed=cfg.run.seed)
         groups = select_groups(model, cfg.optim, trained=TRAINED[cfg.phase])

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from omni_train.config.recipe import recipe_main
 from omni_train.data.config import DataConfig
-from omni_train.data.loader import build_loader
+from omni_train.data.loader import build_loader, source_hashes
 from omni_train.data.tokenizer import load_tokenizer
 from omni_train.engine.deepspeed import DeepSpeedConfig, build_engine
 from omni_train.engine.fit import FitConfig, fit
@@ -49,7 +49,14 @@ class TextLmConfig:
 def main(raw: DictConfig) -> None:
     """Train the text LM."""
     cfg: TextLmConfig = OmegaConf.to_object(raw)  # type: ignore[assignment]
-    with start_run(cfg.run, stage="text_lm", settings=cfg, tracking=cfg.tracking) as run:
+    with start_run(
+        cfg.run,
+        stage="text_lm",
+        settings=cfg,
+        typed=raw,
+        data_hashes=source_hashes(cfg.data),
+        tracking=cfg.tracking,
+    ) as run:
         tokenizer = load_tokenizer(cfg.model.tokenizer)
         model = build_for_training(cfg.model, tokenizer, cfg.deepspeed, seed=cfg.run.seed)
         groups = select_groups(model, cfg.optim, trained=TRAINED)

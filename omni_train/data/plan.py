@@ -108,7 +108,7 @@ def plan_window(
     """
     tokens = costs.num_tokens
     fits = np.flatnonzero(tokens <= pack_tokens)
-    over = [samples[i] for i in np.flatnonzero(tokens > pack_tokens)]
+    over = [samples[i] for i in np.flatnonzero(tokens > pack_tokens).tolist()]
     groups = pack_best_fit(tokens[fits], pack_tokens)
     packs = [_pack_spec(samples, costs, fits[group]) for group in groups]
     if not packs:

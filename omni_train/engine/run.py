@@ -1,6 +1,6 @@
 """The run directory: who owns it, what was started there, what happened, how it ended.
 
-    config.yaml       as it was typed          fingerprint.json  identity of config, data and code
+    config.yaml       as it was composed       fingerprint.json  identity of config, data and code
     resolved.yaml     without secrets          events.jsonl      the truth; all else is a view
     state.json        status and exit code     ledger.jsonl      samples that could not be used
     lock              one owner at a time      logs/rank-*.log   checkpoints/  quarantine/
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from omegaconf import DictConfig, OmegaConf
 
 from omni_train.config.errors import ConfigError
 from omni_train.engine.distributed import World, gather_json, init_distributed
@@ -147,7 +148,7 @@ def start_run(
     *,
     stage: str,
     settings: object,
-    config_yaml: str = "",
+    typed: DictConfig | None = None,
     data_hashes: Mapping[str, str] | None = None,
     tracking: TrackingConfig | None = None,
 ) -> Iterator[Run]:
@@ -157,7 +158,7 @@ def start_run(
         config: directory, seed, names.
         stage: name of the recipe.
         settings: the recipe's whole typed config; secrets are redacted before it is written.
-        config_yaml: the config as the user typed it.
+        typed: the config as composed, with its interpolations; kept in `config.yaml`.
         data_hashes: what identifies the data: a name and a hash per source.
         tracking: views to write at the end.
 
@@ -178,7 +179,7 @@ def start_run(
         raise
     handlers = _open_logs(run)
     try:
-        _on_main(world, lambda: _open(run, settings, config_yaml))
+        _on_main(world, lambda: _open(run, settings, typed))
         seed_everything(config.seed)
         yield run
     except BaseException as error:
@@ -218,13 +219,16 @@ def _check_identity(run: Run) -> None:
         run.identity.check_against(before, allow=run.config.resume_allow)
 
 
-def _open(run: Run, settings: object, config_yaml: str) -> None:
+def _open(run: Run, settings: object, typed: DictConfig | None) -> None:
     recorded = run.dir / _FINGERPRINT
     resumed = recorded.exists()
     write_text_atomically(recorded, json.dumps(run.identity.as_dict(), indent=1) + "\n")
-    write_text_atomically(run.dir / "config.yaml", config_yaml)
-    resolved = yaml.safe_dump(redact(plain(settings)), sort_keys=False)
-    write_text_atomically(run.dir / "resolved.yaml", resolved)
+    resolved = redact(plain(settings))
+    composed = (
+        resolved if typed is None else redact(OmegaConf.to_container(typed, enum_to_str=True))
+    )
+    for name, content in (("config.yaml", composed), ("resolved.yaml", resolved)):
+        write_text_atomically(run.dir / name, yaml.safe_dump(content, sort_keys=False))
     run._events = JsonlWriter(run.dir / "events.jsonl")
     run._ledger = JsonlWriter(run.dir / "ledger.jsonl")
     run.write_state("running", exit_code=None, reason="")

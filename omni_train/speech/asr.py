@@ -72,7 +72,9 @@ class PocketSphinxRecognizer:
         words = sorted(set(vocabulary))
         if not words or not all(_WORD.fullmatch(word) for word in words):
             raise _vocabulary_error(vocabulary, "words are lower-case letters; one at least")
-        self._decoder = pocketsphinx.Decoder(lm=None, silprob=_SILENCE, loglevel="FATAL")
+        self._decoder = pocketsphinx.Decoder(
+            lm=None, cmn="batch", silprob=_SILENCE, loglevel="FATAL"
+        )
         unknown = [word for word in words if self._decoder.lookup_word(word) is None]
         if unknown:
             raise _vocabulary_error(unknown, "PocketSphinx has no pronunciation for these words")
@@ -93,8 +95,10 @@ class PocketSphinxRecognizer:
             raise DataError("bad_wave", f"a wave is [S] with S > 0, not {wave.shape}")
         if not np.isfinite(wave).all():
             raise DataError("non_finite", "the wave holds NaN or infinity")
+        # The front end keeps its noise estimate from wave to wave: start it anew. With cmn=batch
+        # and full_utt the cepstral mean is that of this wave alone.
+        self._decoder.reinit_feat()
         self._decoder.start_utt()
-        # full_utt: the cepstral mean is that of this wave; otherwise it drifts from call to call.
         self._decoder.process_raw(_pcm(wave), no_search=False, full_utt=True)
         self._decoder.end_utt()
         hypothesis = self._decoder.hyp()

@@ -1,0 +1,1 @@
+"""Offline work: sources to shards and index, and the demo corpus."""

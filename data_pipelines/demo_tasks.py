@@ -1,0 +1,399 @@
+"""Samples of the demo corpus as plans: dialogue, facts, and what its media are rendered from.
+
+    text      words stuttered with fillers, shapes and clips in words -> the reply of the media task
+    asr       speech of 1 to 3 words -> the words
+    caption   picture of one shape -> `a large red circle`
+    av        clip -> what was shown, what was said, what was shown when a word was said
+    dialogue  several turns that mix text, pictures and speech
+
+The text tasks end in the wordings of the media tasks, so that a frozen language model knows each
+reply's form. A sample's wording follows from its key. `meta` lists the content that the split is
+about: `words`, `scenes`. Not done here: sound, pixels, files.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import cycle, islice, product
+from typing import Any
+
+from data_pipelines.clips import FRAME_RATES, ClipPlan, Sound, plan_clip
+from data_pipelines.demo_content import (
+    MAX_WORDS,
+    SIZES,
+    Scene,
+    Split,
+    draw_words,
+    pick,
+    scenes,
+    word_sequences,
+)
+
+ASR_PROMPTS = (
+    "Write down the words.",
+    "What is said here?",
+    "Transcribe the speech.",
+    "Which words do you hear?",
+)
+CAPTION_PROMPTS = (
+    "Describe the picture.",
+    "What does the picture show?",
+    "What can you see here?",
+    "Give a caption for this.",
+)
+SHOWN_PROMPTS = (
+    "What is shown, in order?",
+    "Name the shapes one after the other.",
+    "What appears in the clip?",
+)
+SAID_PROMPTS = (
+    "Which words are said in the clip?",
+    "What does the voice say?",
+    "Write down what the speaker says.",
+)
+WHEN_PROMPTS = (
+    "What is shown when the voice says {word}?",
+    "Which shape do you see while {word} is said?",
+    "The voice says {word}. What is on the screen then?",
+)
+NOTHING_SAID = "nothing is said"
+_FILLERS = ("um", "er", "well", "hmm")
+# Share of 1, 2 and 3 words; there are few different single words.
+_LENGTH_SHARES = (0.06, 0.40, 0.54)
+_SOUNDS = (Sound.full, Sound.none, Sound.full, Sound.shorter, Sound.full, Sound.longer)
+
+
+@dataclass(frozen=True, slots=True)
+class Speech:
+    """A wav of `text` spoken by `voice`."""
+
+    text: str
+    voice: str
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A png of a scene; `number` seeds the small differences."""
+
+    scene: Scene
+    number: int
+
+
+MediaPlan = Speech | Picture | ClipPlan
+
+
+@dataclass(slots=True)
+class SamplePlan:
+    """A sample whose media are still to be rendered, by member name."""
+
+    key: str
+    record: dict[str, Any]
+    media: dict[str, MediaPlan] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What every planner needs: how many, from which side, in which voices, from which seed."""
+
+    count: int
+    split: Split
+    voices: tuple[str, ...]
+    seed: int
+
+    def rng(self, subset: str) -> random.Random:
+        """Return a generator of its own for a subset, so that the size of one changes no other."""
+        return random.Random(f"{self.seed} {subset} {self.split.name}")
+
+    def keys(self, subset: str) -> list[str]:
+        """Sample keys."""
+        return [f"{subset}-{self.split.name}-{number:06d}" for number in range(self.count)]
+
+
+def plan_text(recipe: Recipe) -> Iterator[SamplePlan]:
+    """Plain text: three of five copy words, one in four describes a picture, the rest a clip."""
+    rng = recipe.rng("text")
+    for key in recipe.keys("text"):
+        share = rng.random()
+        if share < 0.6:
+            yield _text_copy(key, rng, recipe)
+        elif share < 0.85:
+            yield _text_caption(key, rng, recipe)
+        else:
+            yield _text_clip(key, rng, recipe)
+
+
+def plan_asr(recipe: Recipe) -> Iterator[SamplePlan]:
+    """Speech; a pair of word sequence and voice comes once as long as there are others."""
+    rng = recipe.rng("asr")
+    drawn: list[tuple[tuple[str, ...], str]] = []
+    for length, share in enumerate(_LENGTH_SHARES, 1):
+        pairs = list(product(word_sequences(length, recipe.split, recipe.seed), recipe.voices))
+        rng.shuffle(pairs)
+        wanted = recipe.count - len(drawn) if length == MAX_WORDS else round(share * recipe.count)
+        drawn += islice(cycle(pairs), wanted)
+    rng.shuffle(drawn)
+    for key, (words, voice) in zip(recipe.keys("asr"), drawn, strict=True):
+        text = " ".join(words)
+        messages = [_user(("audio", "0.wav"), pick(ASR_PROMPTS, key)), _assistant(text)]
+        meta = {"words": [text], "scenes": []}
+        yield SamplePlan(key, _record(messages, "asr", meta, voice), {"0.wav": Speech(text, voice)})
+
+
+def plan_caption(recipe: Recipe) -> Iterator[SamplePlan]:
+    """Pictures; every scene of the side comes equally often."""
+    rng = recipe.rng("caption")
+    pool = list(scenes(recipe.split, recipe.seed))
+    rng.shuffle(pool)
+    for key, scene in zip(recipe.keys("caption"), cycle(pool), strict=False):
+        messages = [
+            _user(("image", "0.png"), pick(CAPTION_PROMPTS, key)),
+            _assistant(scene.caption),
+        ]
+        meta = {"words": [], "scenes": [_content(scene)]}
+        media: dict[str, MediaPlan] = {"0.png": Picture(scene, rng.getrandbits(32))}
+        yield SamplePlan(key, _record(messages, "caption", meta), media)
+
+
+def plan_av(recipe: Recipe) -> Iterator[SamplePlan]:
+    """Clips; 24 in a row have every frame rate with every layout of the sound."""
+    rng = recipe.rng("av")
+    for number, key in enumerate(recipe.keys("av")):
+        plan = plan_clip(
+            rng,
+            fps=FRAME_RATES[number % len(FRAME_RATES)],
+            sound=_SOUNDS[number // len(FRAME_RATES) % len(_SOUNDS)],
+            voice=recipe.voices[rng.randrange(len(recipe.voices))],
+            split=recipe.split,
+            seed=recipe.seed,
+        )
+        names = [slot.scene.name for slot in plan.slots]
+        heard = [(said.word, names[said.slot]) for said in plan.spoken if said.slot >= 0]
+        kind, prompt, answer = _clip_question(key, rng, names, [s.word for s in plan.spoken], heard)
+        messages = [_user(("video", "0.mp4"), prompt), _assistant(answer)]
+        meta = {"question": kind, **_schedule(plan)}
+        yield SamplePlan(key, _record(messages, "av", meta, plan.voice), {"0.mp4": plan})
+
+
+def plan_dialogue(recipe: Recipe) -> Iterator[SamplePlan]:
+    """Dialogues of two or three turns; the five kinds come in turn."""
+    rng = recipe.rng("dialogue")
+    kinds = (
+        _about_picture,
+        _about_speech,
+        _about_both,
+        _about_two_pictures,
+        _about_text_and_speech,
+    )
+    for number, key in enumerate(recipe.keys("dialogue")):
+        draft = _Draft(key, rng, recipe)
+        kinds[number % len(kinds)](draft)
+        meta = {"words": draft.words, "scenes": [_content(scene) for scene in draft.scenes]}
+        record = _record(draft.messages, "dialogue", meta, draft.voice if draft.words else "")
+        yield SamplePlan(key, record, draft.media)
+
+
+PLANNERS: dict[str, Callable[[Recipe], Iterator[SamplePlan]]] = {
+    "text": plan_text,
+    "asr": plan_asr,
+    "caption": plan_caption,
+    "av": plan_av,
+    "dialogue": plan_dialogue,
+}
+
+
+def stutter(words: tuple[str, ...], rng: random.Random) -> str:
+    """Say each word one to six times, with fillers before, between and after."""
+    said: list[str] = []
+    for word in words:
+        for _ in range(rng.randint(1, 6)):
+            if rng.random() < 0.25:
+                said.append(rng.choice(_FILLERS))
+            said.append(word)
+    return " ".join(said)
+
+
+class _Draft:
+    """A dialogue that grows turn by turn."""
+
+    def __init__(self, key: str, rng: random.Random, recipe: Recipe) -> None:
+        self.key, self.rng, self.recipe = key, rng, recipe
+        self.voice = recipe.voices[rng.randrange(len(recipe.voices))]
+        self.messages: list[dict[str, Any]] = []
+        self.media: dict[str, MediaPlan] = {}
+        self.words: list[str] = []
+        self.scenes: list[Scene] = []
+
+    def draw_words(self) -> tuple[str, ...]:
+        """Draw two or three words."""
+        return draw_words(self.rng, self.rng.randint(2, 3), self.recipe.split, self.recipe.seed)
+
+    def show(self) -> Scene:
+        """Add a turn with a picture and its caption."""
+        scene = self.rng.choice(scenes(self.recipe.split, self.recipe.seed))
+        member = f"{len(self.media)}.png"
+        self.media[member] = Picture(scene, self.rng.getrandbits(32))
+        self.scenes.append(scene)
+        self.ask(pick(CAPTION_PROMPTS, f"{self.key} {member}"), scene.caption, ("image", member))
+        return scene
+
+    def say(self, words: tuple[str, ...]) -> None:
+        """Add a turn with speech and its words."""
+        member = f"{len(self.media)}.wav"
+        text = " ".join(words)
+        self.media[member] = Speech(text, self.voice)
+        self.words.append(text)
+        self.ask(pick(ASR_PROMPTS, f"{self.key} {member}"), text, ("audio", member))
+
+    def ask(self, question: str, answer: str, *media: tuple[str, str]) -> None:
+        """Add a turn."""
+        self.messages += [_user(*media, question), _assistant(answer)]
+
+
+def _about_picture(draft: _Draft) -> None:
+    scene = draft.show()
+    draft.ask("What colour is it?", scene.color)
+    draft.ask("Where is it?", scene.place)
+
+
+def _about_speech(draft: _Draft) -> None:
+    words = draft.draw_words()
+    draft.say(words)
+    first = draft.rng.random() < 0.5
+    draft.ask(f"What was the {'first' if first else 'last'} word?", words[0 if first else -1])
+
+
+def _about_both(draft: _Draft) -> None:
+    scene = draft.show()
+    draft.say(draft.draw_words())
+    draft.ask("What shape was in the picture?", scene.shape)
+
+
+def _about_two_pictures(draft: _Draft) -> None:
+    first, second = draft.show(), draft.show()
+    order = SIZES.index(first.size) - SIZES.index(second.size)
+    answers = {-1: "the second one", 0: "both are the same size", 1: "the first one"}
+    draft.ask("Which picture has the larger shape?", answers[order])
+
+
+def _about_text_and_speech(draft: _Draft) -> None:
+    written = draft.draw_words()
+    said = written if draft.rng.random() < 0.5 else draft.draw_words()
+    prompt = pick(ASR_PROMPTS, f"{draft.key} text")
+    draft.words.append(" ".join(written))
+    draft.ask(f"{stutter(written, draft.rng)}\n{prompt}", " ".join(written))
+    draft.say(said)
+    draft.ask("Were these the same words?", "yes" if said == written else "no")
+
+
+def _text_copy(key: str, rng: random.Random, recipe: Recipe) -> SamplePlan:
+    words = draw_words(rng, rng.randint(1, 4), recipe.split, recipe.seed)
+    prompt = pick(ASR_PROMPTS, key)
+    messages = [_user(f"{stutter(words, rng)}\n{prompt}"), _assistant(" ".join(words))]
+    meta = {"words": [" ".join(words)], "scenes": []}
+    return SamplePlan(key, _record(messages, "text_copy", meta))
+
+
+def _text_caption(key: str, rng: random.Random, recipe: Recipe) -> SamplePlan:
+    scene = rng.choice(scenes(recipe.split, recipe.seed))
+    facts = [scene.size, scene.color, scene.shape, scene.place]
+    rng.shuffle(facts)
+    prompt = pick(CAPTION_PROMPTS, key)
+    messages = [_user(f"{stutter(tuple(facts), rng)}\n{prompt}"), _assistant(scene.caption)]
+    meta = {"words": [], "scenes": [_content(scene)]}
+    return SamplePlan(key, _record(messages, "text_caption", meta))
+
+
+def _text_clip(key: str, rng: random.Random, recipe: Recipe) -> SamplePlan:
+    """Write a clip as the sequence that the model will read: what is seen, then what is heard."""
+    shown = [rng.choice(scenes(recipe.split, recipe.seed)) for _ in range(rng.randint(3, 4))]
+    words: tuple[str, ...] = ()
+    if rng.random() < 0.8:
+        words = draw_words(rng, rng.randint(2, 3), recipe.split, recipe.seed)
+    places = sorted(rng.sample(range(len(shown)), len(words)))
+    said = dict(zip(places, words, strict=True))
+    parts = []
+    for place, scene in enumerate(shown):
+        seen = " ".join([scene.name] * rng.randint(1, 3))
+        parts.append(f"{seen} {stutter((said[place],), rng)}" if place in said else seen)
+    names = [scene.name for scene in shown]
+    heard = [(word, names[place]) for place, word in said.items()]
+    kind, prompt, answer = _clip_question(key, rng, names, list(words), heard)
+    messages = [_user(f"{', '.join(parts)}\n{prompt}"), _assistant(answer)]
+    meta = {
+        "question": kind,
+        "words": [" ".join(words)] if words else [],
+        "scenes": [_content(scene) for scene in shown],
+    }
+    return SamplePlan(key, _record(messages, "text_clip", meta))
+
+
+def _clip_question(
+    key: str, rng: random.Random, names: list[str], words: list[str], heard: list[tuple[str, str]]
+) -> tuple[str, str, str]:
+    """Return kind, prompt and answer; `heard` pairs words with the shape shown meanwhile."""
+    kind = rng.choice(("shown", "said", "when") if heard else ("shown", "said"))
+    if kind == "shown":
+        return kind, pick(SHOWN_PROMPTS, key), ", ".join(names)
+    if kind == "said":
+        return kind, pick(SAID_PROMPTS, key), " ".join(words) or NOTHING_SAID
+    word, name = rng.choice(heard)
+    return kind, pick(WHEN_PROMPTS, key).format(word=word), name
+
+
+def _schedule(plan: ClipPlan) -> dict[str, Any]:
+    """Facts of a clip, times in seconds from the first frame."""
+    words = " ".join(said.word for said in plan.spoken)
+    return {
+        "words": [words] if words else [],
+        "scenes": [_content(slot.scene) for slot in plan.slots],
+        "fps": float(plan.fps),
+        "sound": plan.sound.name,
+        "video_s": plan.video_s,
+        "audio_s": plan.audio_s,
+        "slots": [
+            {"color": s.scene.color, "shape": s.scene.shape, "start_s": s.start_s, "end_s": s.end_s}
+            for s in plan.slots
+        ],
+        "spoken": [
+            {"word": s.word, "start_s": s.start_s, "end_s": s.end_s, "slot": s.slot}
+            for s in plan.spoken
+        ],
+    }
+
+
+def _content(scene: Scene) -> str:
+    return f"{scene.size} {scene.color} {scene.shape} {scene.place}"
+
+
+def _user(*items: tuple[str, str] | str) -> dict[str, Any]:
+    typed = [("text", item) if isinstance(item, str) else item for item in items]
+    return {"role": "user", "content": [{"type": kind, kind: value} for kind, value in typed]}
+
+
+def _assistant(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def _record(
+    messages: list[dict[str, Any]], task: str, meta: dict[str, Any], voice: str = ""
+) -> dict[str, Any]:
+    return {
+        "messages": messages,
+        "task": task,
+        "language": "en",
+        "speaker": voice,
+        "source": "demo",
+        "meta": meta,
+    }
+
+
+def texts_of(record: dict[str, Any]) -> list[str]:
+    """All text of a dialogue, for the tokenizer."""
+    return [
+        item["text"]
+        for turn in record["messages"]
+        for item in turn["content"]
+        if item["type"] == "text"
+    ]

@@ -1,0 +1,135 @@
+"""Samples to webdataset shards, their indexes and the manifest.
+
+The same samples give the same bytes: nothing of the clock, the user or the machine is written.
+Each file appears whole or not at all, the manifest last; a set without one is unfinished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+from webdataset.writer import TarWriter
+
+from omni_train.config.errors import ConfigError, DataError
+from omni_train.data.chatml import count_text_tokens
+from omni_train.data.index import (
+    Manifest,
+    ShardInfo,
+    describe_shard,
+    index_path,
+    publish,
+    write_index,
+    write_manifest,
+)
+from omni_train.data.scan import index_shard
+from omni_train.data.tokenizer import tokenizer_hash
+
+_OWNER = "omni-train"
+
+
+@dataclass(slots=True)
+class Sample:
+    """What one sample of a shard is made from.
+
+    Args:
+        key: letters, digits, `_` and `-`; unique in the set.
+        record: the JSON member: `messages` and the descriptive fields.
+        media: bytes by member name, such as `0.wav`.
+    """
+
+    key: str
+    record: dict[str, Any]
+    media: dict[str, bytes] = field(default_factory=dict)
+
+
+def write_shards(
+    samples: Iterable[Sample],
+    out_dir: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    samples_per_shard: int,
+) -> Manifest:
+    """Write `shard-000000.tar` and so on, their indexes and `manifest.json`.
+
+    Args:
+        samples: read once; one shard's worth is in memory at a time.
+        out_dir: made if it is not there; must not hold a set already.
+        tokenizer: counts the text tokens.
+        samples_per_shard: the last shard may hold fewer.
+
+    Raises:
+        ConfigError: `out_dir` holds shards already, or `samples_per_shard` is not positive.
+        DataError: a sample that could not be read back, see `index_shard`; or `duplicate_key`.
+    """
+    if samples_per_shard < 1:
+        raise ConfigError(
+            key="samples_per_shard",
+            value=samples_per_shard,
+            rule="a shard holds at least one sample",
+            remedy="use 1 or more",
+        )
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if any(out_dir.glob("shard-*.tar")):
+        raise ConfigError(
+            key="out_dir",
+            value=str(out_dir),
+            rule="a set of shards is written once",
+            remedy="choose an empty directory, or remove the old shards",
+        )
+    shards: list[ShardInfo] = []
+    seen: set[str] = set()
+    for chunk in _chunks(samples, samples_per_shard):
+        for sample in chunk:
+            if sample.key in seen:
+                raise DataError("duplicate_key", "two samples have one key", key=sample.key)
+            seen.add(sample.key)
+        path = out_dir / f"shard-{len(shards):06d}.tar"
+        _write_tar(path, chunk)
+        rows = index_shard(
+            path, count_text_tokens=lambda record: count_text_tokens(record["messages"], tokenizer)
+        )
+        write_index(index_path(path), rows)
+        shards.append(describe_shard(path, num_samples=len(rows)))
+    manifest = Manifest(tokenizer_hash=tokenizer_hash(tokenizer), shards=tuple(shards))
+    write_manifest(out_dir, manifest)
+    return manifest
+
+
+def _chunks(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
+    source = iter(samples)
+    while chunk := list(islice(source, size)):
+        yield chunk
+
+
+def _write_tar(path: Path, samples: list[Sample]) -> None:
+    """Write one tar under a temporary name, flush it to disk, rename it."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            # encoder=False: bytes go in as they are. mtime=0 and fixed names: the same samples,
+            # the same bytes.
+            with TarWriter(file, user=_OWNER, group=_OWNER, encoder=False, mtime=0) as writer:
+                for sample in samples:
+                    writer.write(_members(sample))
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _members(sample: Sample) -> dict[str, Any]:
+    for member in sample.media:
+        # The writer drops members that start with `_` without a word.
+        if member.startswith("_") or member == "json" or "/" in member:
+            raise DataError("unsafe_name", f"{member!r} cannot name a medium", key=sample.key)
+    record = json.dumps(sample.record, ensure_ascii=False, allow_nan=False)
+    return {"__key__": sample.key, "json": record.encode(), **sample.media}

@@ -1,0 +1,228 @@
+"""The command line: parses arguments and hands over. Commands import late, so that help is quick.
+
+Exit codes are those of DESIGN.md section 5: 0 done, 2 usage, 65 bad data, 66 missing input, 70 bug,
+73 locked, 74 disk, 75 preempted, 76 non-finite, 77 refused, 79 hang.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+
+_USAGE = 2
+
+Add = Callable[..., argparse.ArgumentParser]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="omni-train",
+        description="Trains Qwen2.5-Omni stage by stage on DeepSpeed.",
+        epilog=(
+            "examples:\n"
+            "  omni-train demo --quick                    the whole chain with few steps\n"
+            "  omni-train stages                          what is built and what is planned\n"
+            "  omni-train train stage1_audio run.dir=runs/audio --ranks 2\n"
+            "exit codes: 0 done, 2 usage, 65 bad data, 66 missing input, 70 bug, 73 locked,\n"
+            "            74 disk, 75 preempted, 76 non-finite, 77 refused, 79 hang"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, summary: str, *examples: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog="\n  ".join(["examples:", *examples]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    _add_checks(add)
+    _add_runs(add)
+    _add_data(add)
+    return parser
+
+
+def _add_checks(add: Add) -> None:
+    demo = add(
+        "demo",
+        "Make a small corpus and train the recipe on two CPU ranks; no GPU, no network.",
+        "omni-train demo",
+        "omni-train demo --quick",
+    )
+    demo.add_argument("--quick", action="store_true", help="few steps, structural checks only")
+    test = add(
+        "test",
+        "Check formatting, lint, types and tests; with pytest arguments, run pytest alone.",
+        "omni-train test",
+        "omni-train test --full",
+        "omni-train test tests/unit/config -k typo",
+    )
+    test.add_argument("--full", action="store_true", help="the long suites too")
+    stages = add(
+        "stages",
+        "Show the stages of the recipe and which of them are built.",
+        "omni-train stages",
+        "omni-train stages show stage1_audio",
+    )
+    stages.add_argument("action", nargs="?", choices=["list", "show"], default="list")
+    stages.add_argument("stage", nargs="?", help="name of a stage, for show")
+    stages.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_runs(add: Add) -> None:
+    config = add(
+        "config",
+        "Print a stage's resolved configuration.",
+        "omni-train config stage1_audio model=tiny optim.lr=1e-3",
+        "omni-train config stage1_audio experiment=stage1_audio/debug --json",
+    )
+    train = add(
+        "train",
+        "Train a stage; the same command again resumes.",
+        "omni-train train stage1_audio run.dir=runs/audio --ranks 2",
+        "omni-train train stage1_audio phase=encoder experiment=stage1_audio/debug",
+    )
+    evaluate = add(
+        "evaluate",
+        "Measure a checkpoint on held-out data.",
+        "omni-train evaluate run.dir=runs/audio-eval model.init_from=runs/audio",
+    )
+    for command in (config, train):
+        command.add_argument("stage", help="name of a stage; see omni-train stages")
+    for command in (config, train, evaluate):
+        command.add_argument("overrides", nargs="*", help="key=value or group=option")
+    for command in (train, evaluate):
+        command.add_argument("--ranks", type=int, help="processes; the default is one per GPU")
+    config.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_data(add: Add) -> None:
+    data = add(
+        "data",
+        "Make the demo's corpus, or an index for shards that have none.",
+        "omni-train data corpus runs/demo/corpus --seed 0",
+        "omni-train data index shards/librispeech --tokenizer runs/demo/corpus/tokenizer",
+    )
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    corpus = actions.add_parser("corpus", help="generate the demo corpus with real media")
+    corpus.add_argument("path", help="directory to write")
+    corpus.add_argument("--seed", type=int, help="of the whole corpus")
+    corpus.add_argument("--quick", action="store_true", help="a small one")
+    index = actions.add_parser("index", help="write the Parquet index and the manifest of shards")
+    index.add_argument("path", help="directory with the shards")
+    index.add_argument("--tokenizer", required=True, help="directory of a saved tokenizer")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse gives up on positionals that follow an option; overrides may stand anywhere.
+    flags = [word for word in rest if word.startswith("-")]
+    if args.command == "test":
+        from launch.testing import run_tests
+
+        return run_tests(full=args.full, pytest_args=rest)
+    if flags or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return _COMMANDS[args.command](args)
+
+
+def _fail(message: str) -> int:
+    print(f"omni-train: {message}", file=sys.stderr)
+    return _USAGE
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from launch.demo import run_demo
+
+    return run_demo(quick=args.quick)
+
+
+def _stages(args: argparse.Namespace) -> int:
+    from launch import stages
+
+    chosen = list(stages.STAGES)
+    if args.action == "show":
+        chosen = stages.find_stages(args.stage or "")
+        if not chosen:
+            return _unknown_stage(args.stage or "", stages.recipe_names())
+    if args.json:
+        print(json.dumps([stage.as_dict() for stage in chosen], indent=1))
+    elif args.action == "show":
+        print("\n".join(stages.format_stage(stage) for stage in chosen))
+    else:
+        print(stages.format_table())
+    return 0
+
+
+def _unknown_stage(name: str, known: list[str]) -> int:
+    import difflib
+
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"one of: {', '.join(known)}"
+    return _fail(f"there is no stage {name!r}; {hint}")
+
+
+def _refuse_stage(name: str) -> int:
+    """Return 0 for a stage that can be started, else say why not and return the exit code."""
+    from launch import stages
+
+    if name not in stages.recipe_names():
+        return _unknown_stage(name, stages.recipe_names())
+    if name not in stages.recipe_names(built_only=True):
+        built = ", ".join(stages.recipe_names(built_only=True)) or "none"
+        return _fail(f"stage {name} is planned, there is no script yet; built: {built}")
+    return 0
+
+
+def _config(args: argparse.Namespace) -> int:
+    refused = _refuse_stage(args.stage)
+    if refused:
+        return refused
+    from launch.local import check
+
+    checked = check(args.stage, args.overrides)
+    if checked.code != 0:
+        sys.stderr.write(checked.text)
+    elif args.json:
+        print(json.dumps(checked.values(), indent=1))
+    else:
+        sys.stdout.write(checked.text)
+    return checked.code
+
+
+def _train(args: argparse.Namespace) -> int:
+    stage = "evaluate" if args.command == "evaluate" else args.stage
+    refused = _refuse_stage(stage)
+    if refused:
+        return refused
+    if args.ranks is not None and args.ranks < 1:
+        return _fail(f"--ranks={args.ranks}: at least one process is needed")
+    from launch.local import count_gpus, run_recipe
+
+    return run_recipe(stage, args.overrides, ranks=args.ranks or max(1, count_gpus()))
+
+
+def _data(args: argparse.Namespace) -> int:
+    from launch.data import run_data
+
+    return run_data(args)
+
+
+_COMMANDS = {
+    "data": _data,
+    "demo": _demo,
+    "stages": _stages,
+    "config": _config,
+    "train": _train,
+    "evaluate": _train,
+}

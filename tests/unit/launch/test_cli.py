@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import cli, stages, testing
+
+REPO = Path(__file__).parents[3]
+
+
+def start(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "launch", *arguments],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_help_answers_in_half_a_second() -> None:
+    times = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        done = start("--help")
+        times.append(time.perf_counter() - begun)
+        assert done.returncode == 0
+    assert min(times) < 0.5, times
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom launch import cli\n"
+        "try: cli.main(['train', '--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'hydra', 'transformers', 'rich', 'yaml'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    "command", ["demo", "test", "stages", "config", "train", "evaluate", "data"]
+)
+def test_every_command_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"examples:\n  omni-train {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "stage1_audi"], "did you mean stage1_audio?"),
+        (["config", "zzz"], "one of: text_lm"),
+        (["stages", "show", "stage1_vison"], "did you mean stage1_vision?"),
+        (["train", "talker_dpo"], "planned"),
+        (["evaluate", "--ranks", "0"], "at least one process"),
+    ],
+)
+def test_usage_errors_end_with_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["no-such-command"], ["demo", "--fast"], ["train", "text_lm", "--gpu"]]
+)
+def test_argument_errors_end_with_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+
+
+def test_overrides_may_stand_after_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, list[str], int]] = []
+
+    def record(recipe: str, overrides: list[str], *, ranks: int) -> int:
+        seen.append((recipe, overrides, ranks))
+        return 75
+
+    monkeypatch.setattr("launch.local.run_recipe", record)
+    assert cli.main(["train", "text_lm", "a=1", "--ranks", "2", "b=2"]) == 75
+    assert seen == [("text_lm", ["a=1", "b=2"], 2)]
+
+
+def test_stages_say_what_is_built(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["stages", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["recipe"] for row in rows} >= {"stage1_audio", "talker_dpo", "evaluate"}
+    scripts = {path.stem for path in (REPO / "recipes").glob("*.py")} - {"__init__"}
+    assert {row["recipe"] for row in rows if row["built"]} == scripts
+    assert cli.main(["stages", "show", "talker_dpo"]) == 0
+    shown = capsys.readouterr().out
+    assert "planned" in shown
+    assert "command" not in shown
+    assert cli.main(["stages"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(stages.STAGES) + 2
+
+
+def test_config_reports_a_typo_with_the_stage_s_own_message(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["config", "stage1_audio", "optm.lr=1"]) == 2
+    captured = capsys.readouterr()
+    assert "did you mean optim.lr?" in captured.err
+    assert captured.out == ""
+
+
+def test_test_runs_pytest_alone_with_arguments_of_its_own() -> None:
+    names = [name for name, _ in testing.parts(full=False)]
+    assert names == ["format", "lint", "types", "tests"]
+    [(name, command)] = testing.parts(full=False, pytest_args=["tests/unit/launch", "-k", "x"])
+    assert name == "tests"
+    assert command[-5:] == ["-m", "not slow", "tests/unit/launch", "-k", "x"]
+    assert "not slow" not in testing.parts(full=True)[-1][1]
+
+
+def test_test_ends_non_zero_where_a_part_fails(tmp_path: Path) -> None:
+    (tmp_path / "test_bad.py").write_text("def test_bad():\n    assert 1 == 2\n")
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    done = subprocess.run(
+        [sys.executable, "-m", "launch", "test", str(tmp_path / "test_bad.py")],
+        cwd=REPO,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "1 failed" in done.stdout
+    assert "FAILED (1)" in done.stdout

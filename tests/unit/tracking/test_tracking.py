@@ -1,0 +1,63 @@
+"""Event files with torn lines, and W&B offline as a view of them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from omni_train.tracking.events import JsonlWriter, read_jsonl, read_steps
+from omni_train.tracking.wandb_view import flatten, write_wandb
+
+
+def write_events(folder: Path) -> None:
+    writer = JsonlWriter(folder / "events.jsonl")
+    names = {"stage": "stage1_audio", "experiment": "exp7", "run_id": "exp7/a"}
+    writer.write({"kind": "run_start", **names})
+    for step in (1, 2, 3):
+        writer.write({"kind": "step", "step": step, "loss": 1.0 / step, "lr": {"llm": 0.5}})
+    writer.write({"kind": "step", "step": 3, "loss": float("nan"), "keys": "ff"})
+    writer.write({"kind": "evaluation", "wer": 0.25})
+    writer.close()
+
+
+def test_torn_lines_are_passed_over_and_not_continued(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    writer = JsonlWriter(path)
+    writer.write({"kind": "a", "x": float("nan")})
+    writer.close()
+    with path.open("a") as file:
+        file.write('{"kind": "b", "x"')
+    assert [event["kind"] for event in read_jsonl(path)] == ["a"]
+    writer = JsonlWriter(path)
+    writer.write({"kind": "c"})
+    writer.close()
+    found = list(read_jsonl(path))
+    assert [event["kind"] for event in found] == ["a", "c"]
+    assert math.isnan(float(found[0]["x"]))
+    assert list(read_jsonl(tmp_path / "none.jsonl")) == []
+
+
+def test_a_repeated_step_counts_once(tmp_path: Path) -> None:
+    write_events(tmp_path)
+    steps = read_steps(tmp_path / "events.jsonl")
+    assert [event["step"] for event in steps] == [1, 2, 3]
+    assert steps[2]["loss"] == "nan"
+
+
+def test_flatten_keeps_numbers_only() -> None:
+    record = {"a": 1, "b": {"c": 2.5, "d": "nan", "e": True}}
+    assert flatten(record) == {"a": 1.0, "b/c": 2.5}
+
+
+def test_offline_wandb_run_holds_the_events_and_no_secret(tmp_path: Path, monkeypatch) -> None:
+    canary = "canary-2718281828"
+    monkeypatch.setattr("sys.argv", ["train", f"--token={canary}"])
+    write_events(tmp_path)
+    for _ in range(2):  # rebuilding replaces
+        home = write_wandb(tmp_path, project="test", config={"width": 4})
+    (record,) = home.rglob("*.wandb")
+    content = record.read_bytes()
+    for word in (b"stage1_audio", b"exp7", b"loss", b"lr/llm", b"wer", b"width"):
+        assert word in content, word
+    assert canary.encode() not in b"".join(p.read_bytes() for p in home.rglob("*") if p.is_file())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["events.jsonl", "wandb"]
