@@ -310,9 +310,8 @@ def _rendered(plans: list[SamplePlan], pool: Executor | None) -> Iterator[Sample
     from data_pipelines.shards import Sample
 
     media = [plan.media for plan in plans]
-    if pool is None or not any(media):
-        rendered = map(render_media, media)
-    else:
+    rendered: Iterator[dict[str, bytes]] = map(render_media, media)
+    if pool is not None and any(media):
         rendered = pool.map(render_media, media, chunksize=16)
     for plan, members in zip(plans, rendered, strict=True):
         yield Sample(plan.key, plan.record, members)

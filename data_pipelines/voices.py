@@ -52,11 +52,14 @@ _lock = threading.Lock()
 _sink = _Sink()
 
 
-@_SynthCallback
 def _receive(wave: Any, num_samples: int, events: int | None) -> int:
     if wave and num_samples > 0:
         _sink.parts.append(ctypes.string_at(wave, num_samples * 2))
     return 0
+
+
+# Kept for the life of the process: the library holds only its address.
+_receiver = _SynthCallback(_receive)
 
 
 def speak(text: str, voice: str, words_per_minute: int = 160) -> NDArray[np.float32]:
@@ -116,7 +119,7 @@ def _synthesize(text: str, voice: str, words_per_minute: int) -> tuple[bytes, in
         rate_hz = int(library.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, data_path, 0))
         if rate_hz <= 0:
             raise RuntimeError(f"espeak_Initialize gave {rate_hz} for {data_path!r}")
-        library.espeak_SetSynthCallback(_receive)
+        library.espeak_SetSynthCallback(_receiver)
         _check(library.espeak_SetVoiceByName(voice.encode()), f"voice {voice}")
         _check(library.espeak_SetParameter(_PARAMETER_RATE, words_per_minute, 0), "rate")
         # Initialising seeds the noise with the time of day.

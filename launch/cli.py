@@ -54,8 +54,11 @@ def _add_checks(add: Add) -> None:
         "Make a small corpus and train the recipe on two CPU ranks; no GPU, no network.",
         "omni-train demo",
         "omni-train demo --quick",
+        "omni-train demo --fresh",
     )
     demo.add_argument("--quick", action="store_true", help="few steps, structural checks only")
+    demo.add_argument("--fresh", action="store_true", help="train anew instead of continuing")
+    demo.add_argument("--name", help="directory under runs/; the default is demo or demo-quick")
     test = add(
         "test",
         "Check formatting, lint, types and tests; with pytest arguments, run pytest alone.",
@@ -144,7 +147,7 @@ def _fail(message: str) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from launch.demo import run_demo
 
-    return run_demo(quick=args.quick)
+    return run_demo(quick=args.quick, fresh=args.fresh, name=args.name)
 
 
 def _stages(args: argparse.Namespace) -> int:

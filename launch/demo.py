@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +26,10 @@ from launch.stages import REPO
 from omni_train.engine.exit_codes import ExitCode
 from omni_train.tracking.events import read_jsonl
 
-ROOT = REPO / "runs" / "demo"
 RANKS = 2
 ZERO_STAGE = 3
+# The name becomes a path and a Hydra value.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _NEEDED = ("espeakng_loader", "pocketsphinx")
 
 
@@ -90,14 +93,25 @@ class _Follower:
             self.progress.update(self.task, total=1, completed=1, detail=detail)
 
 
-def run_demo(*, quick: bool) -> int:
-    """Run the demo and return the exit code; `runs/demo/summary.json` holds the figures."""
+def run_demo(*, quick: bool, fresh: bool = False, name: str | None = None) -> int:
+    """Run the demo and return the exit code; `summary.json` holds the figures.
+
+    Args:
+        quick: few steps on a small corpus, and only the structural checks.
+        fresh: remove what an earlier demo trained; its corpus is kept where it still fits.
+        name: directory under `runs/`; `demo` or `demo-quick` where it is None.
+    """
     console = Console()
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         console.print(f"the demo needs {', '.join(missing)}: pip install 'omni-train[demo]'")
         return int(ExitCode.missing_input)
-    root = ROOT.with_name("demo-quick") if quick else ROOT
+    root = REPO / "runs" / (name or ("demo-quick" if quick else "demo"))
+    if not _NAME.fullmatch(root.name):
+        console.print(f"--name={name}: letters, digits, . _ and - make a name")
+        return int(ExitCode.usage)
+    for stage in STAGES if fresh else ():
+        shutil.rmtree(root / stage.name, ignore_errors=True)
     started = time.monotonic()
     columns = (
         TextColumn("{task.description:<26}"),

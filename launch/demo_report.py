@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -144,9 +145,10 @@ def failures(summary: dict[str, Any], *, quick: bool) -> list[str]:
 
 def print_summary(console: Console, summary: dict[str, Any], root: Path, *, quick: bool) -> int:
     """Print the final tables and return the exit code."""
-    table = Table(title=f"{summary['ranks']} ranks, ZeRO-{summary['zero_stage']}, bf16, CPU")
+    title = f"{summary['ranks']} ranks, ZeRO-{summary['zero_stage']}, bf16, CPU"
+    table = Table(title=title, box=SIMPLE)
     for name in ("stage", "steps", "seconds", "loss", "frozen", "trained"):
-        table.add_column(name, justify="left" if name == "stage" else "right")
+        table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
     for stage in summary["stages"]:
         table.add_row(
             stage["name"],
@@ -158,7 +160,7 @@ def print_summary(console: Console, summary: dict[str, Any], root: Path, *, quic
         )
     console.print(table)
     metrics = summary["metrics"]
-    scores = Table(title="on held-out content")
+    scores = Table(title="on held-out content", box=SIMPLE)
     for name in ("measure", "by", "value"):
         scores.add_column(name, justify="right" if name == "value" else "left")
     worst = max(metrics["raw_speech_wer"].values())
