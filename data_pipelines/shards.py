@@ -12,11 +12,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from transformers import PreTrainedTokenizerFast
 from webdataset.writer import TarWriter
 
+from data_pipelines.filters import content_hash, measure_quality, sound_member
 from omni_train.config.errors import ConfigError, DataError
 from omni_train.data.chatml import count_text_tokens
 from omni_train.data.index import (
@@ -30,6 +31,7 @@ from omni_train.data.index import (
 )
 from omni_train.data.scan import index_shard
 from omni_train.data.tokenizer import tokenizer_hash
+from omni_train.data.types import IndexRow
 
 _OWNER = "omni-train"
 
@@ -92,15 +94,42 @@ def write_shards(
                 raise DataError("duplicate_key", "two samples have one key", key=sample.key)
             seen.add(sample.key)
         path = out_dir / f"shard-{len(shards):06d}.tar"
-        _write_tar(path, chunk)
-        rows = index_shard(
-            path, count_text_tokens=lambda record: count_text_tokens(record["messages"], tokenizer)
-        )
-        write_index(index_path(path), rows)
-        shards.append(describe_shard(path, num_samples=len(rows)))
+        write_tar(path, chunk)
+        shards.append(index_tar(path, tokenizer))
     manifest = Manifest(tokenizer_hash=tokenizer_hash(tokenizer), shards=tuple(shards))
     write_manifest(out_dir, manifest)
     return manifest
+
+
+def index_tar(path: Path, tokenizer: PreTrainedTokenizerFast) -> ShardInfo:
+    """Write the index beside a tar, ours or a foreign one, and return the manifest's entry.
+
+    Raises:
+        DataError: see `index_shard`.
+    """
+    rows = index_shard(
+        path, count_text_tokens=lambda record: count_text_tokens(record["messages"], tokenizer)
+    )
+    with path.open("rb") as file:
+        for row in rows:
+            _measure(file, row)
+    write_index(index_path(path), rows)
+    return describe_shard(path, num_samples=len(rows))
+
+
+def _measure(file: BinaryIO, row: IndexRow) -> None:
+    """Fill in a row's quality scores and the hash of its content."""
+    record = json.loads(_read(file, row.json_offset, row.json_size))
+    heard = {sound_member(info) for info in row.media if info.has_audio and info.use_audio}
+    places = [place for info in row.media for place in info.places() if place.member in heard]
+    data = {place.member: _read(file, place.offset, place.size) for place in places}
+    row.quality = measure_quality(record, row.media, data)
+    row.content_hash = content_hash(record, row)
+
+
+def _read(file: BinaryIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
 
 
 def _chunks(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
@@ -109,8 +138,13 @@ def _chunks(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
         yield chunk
 
 
-def _write_tar(path: Path, samples: list[Sample]) -> None:
-    """Write one tar under a temporary name, flush it to disk, rename it."""
+def write_tar(path: Path, samples: Iterable[Sample]) -> None:
+    """Write one tar under a temporary name, flush it to disk, rename it.
+
+    Args:
+        path: of the tar.
+        samples: read once, one in memory at a time.
+    """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with temporary.open("wb") as file:

@@ -108,8 +108,10 @@ def _add_runs(add: Add) -> None:
 def _add_data(add: Add) -> None:
     data = add(
         "data",
-        "Make the demo's corpus, or an index for shards that have none.",
+        "Make, index, check and look at sets of shards.",
         "omni-train data corpus runs/demo/corpus --seed 0",
+        "omni-train data prepare talks.jsonl shards/talks --format jsonl --tokenizer TOKENIZER",
+        "omni-train data lint runs/demo/corpus/train/asr",
         "omni-train data index shards/librispeech --tokenizer runs/demo/corpus/tokenizer",
     )
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -120,6 +122,24 @@ def _add_data(add: Add) -> None:
     index = actions.add_parser("index", help="write the Parquet index and the manifest of shards")
     index.add_argument("path", help="directory with the shards")
     index.add_argument("--tokenizer", required=True, help="directory of a saved tokenizer")
+    _add_data_tools(actions)
+
+
+def _add_data_tools(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from launch.inspection import add_inspection
+    from launch.preparing import add_preparing
+
+    def add(name: str, summary: str, *examples: str) -> argparse.ArgumentParser:
+        return actions.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog="\n  ".join(["examples:", *examples]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    add_preparing(add)
+    add_inspection(add)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,11 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+from launch.inspection import ACTIONS as INSPECTIONS
+from launch.inspection import run_inspection
 from launch.local import child_environment
+from launch.preparing import ACTIONS as PREPARING
+from launch.preparing import run_preparing
 from launch.stages import REPO
 from omni_train.config.errors import ConfigError, DataError
 from omni_train.engine.exit_codes import exit_code_of
@@ -19,6 +23,10 @@ def run_data(args: argparse.Namespace) -> int:
     try:
         if args.action == "corpus":
             return make_corpus(Path(args.path), seed=args.seed, quick=args.quick)
+        if args.action in PREPARING:
+            return run_preparing(args)
+        if args.action in INSPECTIONS:
+            return run_inspection(args)
         return index_folder(Path(args.path), tokenizer_dir=args.tokenizer)
     except (ConfigError, DataError, OSError) as error:
         print(f"omni-train: {error}", file=sys.stderr)
@@ -50,15 +58,8 @@ def make_corpus(folder: Path, *, seed: int | None, quick: bool, log: Path | None
 
 def index_folder(folder: Path, *, tokenizer_dir: str) -> int:
     """Write an index beside each `*.tar` of a folder, and the manifest last."""
-    from omni_train.data.chatml import count_text_tokens
-    from omni_train.data.index import (
-        Manifest,
-        describe_shard,
-        index_path,
-        write_index,
-        write_manifest,
-    )
-    from omni_train.data.scan import index_shard
+    from data_pipelines.shards import index_tar
+    from omni_train.data.index import Manifest, write_manifest
     from omni_train.data.tokenizer import load_tokenizer, tokenizer_hash
 
     tars = sorted(folder.glob("*.tar"))
@@ -67,11 +68,7 @@ def index_folder(folder: Path, *, tokenizer_dir: str) -> int:
     tokenizer = load_tokenizer(tokenizer_dir)
     shards = []
     for number, tar in enumerate(tars, 1):
-        rows = index_shard(
-            tar, count_text_tokens=lambda record: count_text_tokens(record["messages"], tokenizer)
-        )
-        write_index(index_path(tar), rows)
-        shards.append(describe_shard(tar, num_samples=len(rows)))
-        print(f"[{number}/{len(tars)}] {tar.name}: {len(rows)} samples", flush=True)
+        shards.append(index_tar(tar, tokenizer))
+        print(f"[{number}/{len(tars)}] {tar.name}: {shards[-1].num_samples} samples", flush=True)
     write_manifest(folder, Manifest(tokenizer_hash=tokenizer_hash(tokenizer), shards=tuple(shards)))
     return 0

@@ -6,6 +6,7 @@ pieces that `encode.py` fills with their span; nothing here touches media bytes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,13 +35,28 @@ class MediaPiece:
 
     Args:
         kind: image, audio or video.
-        member: name inside the sample, such as `0.wav`.
+        member: name inside the sample, such as `0.wav`; the first picture of a clip that is given
+            as pictures.
         audio_in_video: for a clip, whether its sound is read along; None means where it has any.
+        pictures: members of a clip given as pictures, one for each frame; else empty.
+        fps: their rate, where no times are given.
+        times_s: time of each picture in seconds, where the rate is not steady.
+        sound: member that holds the sound of a clip given as pictures; empty for a silent one.
     """
 
     kind: MediaKind
     member: str
     audio_in_video: bool | None = None
+    pictures: tuple[str, ...] = ()
+    fps: float = 0.0
+    times_s: tuple[float, ...] = ()
+    sound: str = ""
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Every member that the medium is read from, in the order in which the index holds them."""
+        names = self.pictures or (self.member,)
+        return (*names, self.sound) if self.sound else names
 
 
 def render(
@@ -56,7 +72,8 @@ def render(
 
     Args:
         messages: turns with `role` and `content`, a string or a list of items
-            `{"type": "text"|"image"|"audio"|"video", <type>: value}`.
+            `{"type": "text"|"image"|"audio"|"video", <type>: value}`. A video may be a list of
+            pictures, with `fps` or `times_s` and, if it has sound, `audio`.
         add_generation_prompt: end in `<|im_start|>assistant\\n`.
 
     Raises:
@@ -109,6 +126,9 @@ def _items(content: Any, number: int) -> list[str | MediaPiece]:
     for entry in content:
         kind = entry.get("type") if isinstance(entry, Mapping) else None
         value = entry.get(kind) if isinstance(kind, str) else None
+        if kind == "video" and isinstance(value, list):
+            items.append(_clip_of_pictures(entry, number))
+            continue
         if not isinstance(value, str):
             raise DataError("bad_messages", f"turn {number} has an item without a value: {entry!r}")
         if kind == "text":
@@ -121,6 +141,44 @@ def _items(content: Any, number: int) -> list[str | MediaPiece]:
         else:
             raise DataError("bad_messages", f"turn {number} has an item of type {kind!r}")
     return items
+
+
+def _clip_of_pictures(entry: Mapping[str, Any], number: int) -> MediaPiece:
+    """Return the piece of a clip whose frames are members of their own."""
+    names: Any = entry["video"]
+    fps: Any = entry.get("fps")
+    times_s: Any = entry.get("times_s")
+    sound = entry.get("audio", "")
+    place = f"turn {number} has a clip of pictures"
+    if not names or not all(isinstance(name, str) for name in names):
+        raise DataError("bad_messages", f"{place} that is no list of members: {names!r}")
+    if not isinstance(sound, str):
+        raise DataError("bad_messages", f"{place} whose sound is {sound!r}, not a member")
+    if (fps is None) == (times_s is None):
+        raise DataError("bad_messages", f"{place} that needs one of fps and times_s")
+    numbers = [fps] if times_s is None else times_s
+    if not isinstance(numbers, list) or not all(_is_finite(value) for value in numbers):
+        raise DataError("bad_messages", f"{place} with fps={fps!r}, times_s={times_s!r}")
+    if times_s is None:
+        if fps <= 0:
+            raise DataError("bad_messages", f"{place} at {fps} frames per second")
+        times_s = []
+    elif len(times_s) != len(names) or times_s[0] < 0 or times_s != sorted(times_s):
+        raise DataError("bad_messages", f"{place}: times_s must rise, one for each picture")
+    return MediaPiece(
+        MediaKind.video,
+        names[0],
+        entry.get("audio_in_video"),
+        pictures=tuple(names),
+        fps=float(fps or 0.0),
+        times_s=tuple(float(time) for time in times_s),
+        sound=sound,
+    )
+
+
+def _is_finite(value: object) -> bool:
+    # bool is an int in Python; true frames per second are a mistake.
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def count_text_tokens(

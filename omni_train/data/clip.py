@@ -9,6 +9,7 @@ Letters: N frames, H and W pixels as displayed, S samples at the clip's own rate
 
 from __future__ import annotations
 
+import bisect
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from av.audio.frame import AudioFrame
 from av.container import InputContainer
 from av.packet import Packet
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -30,7 +32,11 @@ from omni_train.config.errors import DataError
 from omni_train.data.container import clip_container
 from omni_train.data.image import resize
 from omni_train.data.types import MediaInfo, MediaKind
-from omni_train.data.video import MICROSECONDS, frame_times_us, regular_times_us
+from omni_train.data.video import (
+    MICROSECONDS,
+    frame_times_us,
+    regular_times_us,
+)
 
 MAX_CLIP_S = 3_600
 MAX_CLIP_FRAMES = 60 * MAX_CLIP_S
@@ -50,6 +56,8 @@ _OPTIONS = {
 _HIDDEN_FRAMES = ("vp8", "vp9", "av1")
 # Sound that starts this much late is a hole; less is a container's rounding.
 HOLE_US = 20_000
+# Frames by which any codec here shows a picture later than it is decoded.
+MAX_REORDER = 16
 
 
 @dataclass(slots=True)
@@ -185,10 +193,10 @@ def decode_clip_sound(data: bytes) -> tuple[NDArray[np.float32], int]:
 
 def decode_frames(
     data: bytes, indices: list[int], info: MediaInfo, *, size: tuple[int, int] | None = None
-) -> Tensor:
-    """Return the chosen frames uint8 [N, 3, H, W], resized to `size` (height, width) if given.
+) -> Iterator[Tensor]:
+    """Yield the chosen frames, each uint8 [1, 3, H, W], resized to `size` (height, width) if given.
 
-    Frames are resized one by one, so that a long clip is never in memory at its full size.
+    A long clip is never in memory at its full size.
 
     Args:
         data: the clip.
@@ -200,21 +208,110 @@ def decode_frames(
         DataError: `truncated` where the clip ends too early, `stale_index` where a time differs.
     """
     times = frame_times_us(info)
-    wanted = set(indices)
-    frames: list[Tensor] = []
     with _opened(data) as container:
         _streams(container)
-        for number, frame in enumerate(container.decode(container.streams.video[0])):
-            if number in wanted:
-                if abs(_time_us(frame, "picture") - int(times[number])) > 1:
-                    raise DataError("stale_index", f"frame {number} is not where the index has it")
-                pixels = _pixels(frame)
-                frames.append(resize(pixels, *size) if size else pixels)
-            if number >= indices[-1]:
-                break
-    if len(frames) < len(indices):
-        raise DataError("truncated", f"{len(frames)} of {len(indices)} chosen frames decoded")
-    return torch.cat(frames)
+        for first, last in _runs(indices, info.keyframe_interval):
+            wanted = [int(times[number]) for number in indices[first:last]]
+            found: list[Tensor] = []
+            if first > 0 or indices[0] >= info.keyframe_interval:
+                before_us = int(times[max(indices[first] - MAX_REORDER, 0)])
+                found = _after_seeking(container, wanted, before_us, size)
+            yield from found or _frames_at(container, wanted, size)
+
+
+def _runs(indices: list[int], keyframe_interval: int) -> list[tuple[int, int]]:
+    """Cut chosen frames where seeking pays: slices (first, last) of `indices`.
+
+    A gap of at least the largest key-frame interval holds a key frame, so that seeking over it
+    never decodes a frame twice and decodes at most as many as reading on. In a smaller gap there
+    may be none, and reading on decodes each group of pictures once.
+    """
+    near = max(keyframe_interval, 2)
+    cuts = [n for n in range(1, len(indices)) if indices[n] - indices[n - 1] >= near]
+    return list(zip([0, *cuts], [*cuts, len(indices)], strict=True))
+
+
+def _after_seeking(
+    container: InputContainer, times_us: list[int], before_us: int, size: tuple[int, int] | None
+) -> list[Tensor]:
+    """Return the frames at rising times, decoded from the key frame before the first.
+
+    mp4 is searched by decoding time: a key frame that is shown later than the wanted frame may be
+    found, and then the search goes on from `before_us`. Empty where that does not help either: the
+    container is then back at its start.
+    """
+    video = _video(container)
+    base = video.time_base
+    for time_us in (times_us[0], before_us):
+        ticks = (2 * time_us * base.denominator + MICROSECONDS * base.numerator) // (
+            2 * MICROSECONDS * base.numerator
+        )
+        try:
+            container.seek(ticks, stream=video)
+            return list(_frames_at(container, times_us, size))
+        except (DataError, av.FFmpegError):
+            continue
+    start = video.index_entries[0].timestamp if len(video.index_entries) else 0
+    container.seek(start, stream=video)
+    return []
+
+
+def _frames_at(
+    container: InputContainer, times_us: list[int], size: tuple[int, int] | None
+) -> Iterator[Tensor]:
+    """Yield the frames at rising times, reading on from where the container is.
+
+    Raises:
+        DataError: `truncated` where the clip ends too early, `stale_index` where a time is passed,
+            `corrupt` for a frame made from damaged data.
+    """
+    video, reformatter = _video(container), VideoReformatter()
+    base, found = video.time_base, 0
+    skipping: bool | None = None  # not known: the decoder may come from an earlier run of frames
+    for packet in container.demux(video):
+        time_us = None if packet.pts is None else _ticks_to_us(packet.pts, base)
+        # A frame that no other frame is made from is not decoded, unless it is wanted.
+        spare = time_us is not None and not _near(time_us, times_us)
+        if spare is not skipping:
+            video.codec_context.skip_frame = "NONREF" if spare else "DEFAULT"
+            skipping = spare
+        for frame in packet.decode():
+            passed = _time_us(frame, "picture") - times_us[found]
+            if passed > 1:
+                raise DataError("stale_index", f"no frame at {times_us[found]} us, as indexed")
+            if passed >= -1:
+                _check_intact(frame)
+                pixels = _pixels(frame, reformatter)
+                yield resize(pixels, *size) if size else pixels
+                found += 1
+                if found == len(times_us):
+                    return
+    raise DataError("truncated", f"{found} of {len(times_us)} chosen frames decoded")
+
+
+def _video(container: InputContainer) -> av.video.VideoStream:
+    return container.streams.video[0]
+
+
+def _near(time_us: int, times_us: list[int]) -> bool:
+    """Tell whether a time is one of the rising times, but for rounding."""
+    place = bisect.bisect_left(times_us, time_us - 1)
+    return place < len(times_us) and times_us[place] <= time_us + 1
+
+
+def describe_pictures(
+    member: str, times_us: NDArray[np.int64], fps: float, *, size: tuple[int, int]
+) -> MediaInfo:
+    """Return the facts of a silent clip given as pictures.
+
+    Args:
+        member: the first picture.
+        times_us: time of each picture.
+        fps: their rate, 0 where only the times are known.
+        size: width and height.
+    """
+    picture = _Picture(times_us.tolist(), list(range(len(times_us))), *size)
+    return _describe(member, picture, _Sound(keep=False), Fraction(fps) if fps else None)
 
 
 @contextmanager
@@ -320,15 +417,16 @@ def _time_us(frame: VideoFrame | AudioFrame, what: str) -> int:
     """Return a frame's presentation time, rounded to microseconds in integers."""
     if frame.pts is None or frame.time_base is None:
         raise DataError("no_timestamps", f"a frame of the {what} carries no time")
-    base = frame.time_base
-    return (2 * frame.pts * MICROSECONDS * base.numerator + base.denominator) // (
-        2 * base.denominator
-    )
+    return _ticks_to_us(frame.pts, frame.time_base)
 
 
-def _pixels(frame: VideoFrame) -> Tensor:
+def _ticks_to_us(ticks: int, base: Fraction) -> int:
+    return (2 * ticks * MICROSECONDS * base.numerator + base.denominator) // (2 * base.denominator)
+
+
+def _pixels(frame: VideoFrame, reformatter: VideoReformatter) -> Tensor:
     """Return uint8 [1, 3, H, W], turned as it is to be displayed."""
-    pixels: NDArray[Any] = frame.to_ndarray(format="rgb24")
+    pixels: NDArray[Any] = reformatter.reformat(frame, format="rgb24").to_ndarray()
     if turns := round(frame.rotation / 90) % 4:
         pixels = np.ascontiguousarray(np.rot90(pixels, turns))
     return torch.from_numpy(pixels).permute(2, 0, 1)[None]

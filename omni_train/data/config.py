@@ -1,10 +1,12 @@
-"""Settings of the online data path: sources, packing, workers, tolerance."""
+"""Settings of the online data path: sources and their mixture, packing, workers, tolerance."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from omni_train.config.errors import ConfigError
+from omni_train.data.filters import FilterConfig
+from omni_train.data.stores import FetchConfig
 from omni_train.data.types import ProcessingConfig
 
 
@@ -15,10 +17,13 @@ class SourceConfig:
     Args:
         path: directory with `manifest.json`, shards and their indexes.
         weight: share of the tokens, relative to the other sources' weights.
+        max_epochs: how often a sample may be seen; then the source ends and the others take over
+            its share. None repeats it for as long as the run lasts.
     """
 
     path: str
     weight: float = 1.0
+    max_epochs: int | None = None
 
     def __post_init__(self) -> None:
         if self.weight <= 0:
@@ -28,6 +33,26 @@ class SourceConfig:
                 rule="a weight is a positive share of the tokens",
                 remedy="remove the source to leave it out",
             )
+        if self.max_epochs is not None and self.max_epochs < 1:
+            raise ConfigError(
+                key="data.sources.*.max_epochs",
+                value=self.max_epochs,
+                rule="a source is seen at least once",
+                remedy="remove the source to leave it out",
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class CurriculumStep:
+    """Weights from a step on.
+
+    Args:
+        from_step: global step; they hold from the first window that begins there or later.
+        weights: by source; a source that is not named rests.
+    """
+
+    from_step: int
+    weights: dict[str, float]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -36,6 +61,8 @@ class DataConfig:
 
     Args:
         sources: sets of shards by name; the name is what the ledger and the metrics show.
+        curriculum: weights that replace the sources' own from a step on.
+        budget_tokens: planned tokens of all sources after which the stage ends; None for no limit.
         pack_tokens: token budget of one packed sequence.
         global_batch_packs: packs in one optimiser step, over all ranks and micro-steps.
         window_samples: samples planned at a time; memory and packing quality grow with it.
@@ -45,9 +72,13 @@ class DataConfig:
         max_bad_share: largest share of a source's samples that may be unusable.
         max_bad_in_a_row: unusable samples in a row that stop the run.
         processing: how media become tokens.
+        filters: which samples are used, by what the index knows of them.
+        fetch: how remote shards are read.
     """
 
     sources: dict[str, SourceConfig]
+    curriculum: list[CurriculumStep] = field(default_factory=list)
+    budget_tokens: int | None = None
     pack_tokens: int = 8192
     global_batch_packs: int = 8
     window_samples: int = 4096
@@ -57,6 +88,8 @@ class DataConfig:
     max_bad_share: float = 0.01
     max_bad_in_a_row: int = 16
     processing: ProcessingConfig = field(default_factory=ProcessingConfig)
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    fetch: FetchConfig = field(default_factory=FetchConfig)
 
     def __post_init__(self) -> None:
         for name in ("pack_tokens", "global_batch_packs", "window_samples", "shuffle_shards"):
@@ -74,3 +107,37 @@ class DataConfig:
                 rule="at least one set of shards is needed",
                 remedy="add data.sources.NAME.path=DIRECTORY",
             )
+        if self.budget_tokens is not None and self.budget_tokens < 1:
+            raise ConfigError(
+                key="data.budget_tokens",
+                value=self.budget_tokens,
+                rule="must be at least 1",
+                remedy="raise it, or leave it out for no limit",
+            )
+        for entry in self.curriculum:
+            _check_curriculum(entry, self.sources)
+
+
+def _check_curriculum(entry: CurriculumStep, sources: dict[str, SourceConfig]) -> None:
+    unknown = sorted(entry.weights.keys() - sources.keys())
+    if unknown:
+        raise ConfigError(
+            key="data.curriculum",
+            value=unknown,
+            rule=f"names sources that data.sources lacks; it has {sorted(sources)}",
+            remedy="correct the name, or add the source",
+        )
+    if entry.from_step < 0 or min(entry.weights.values(), default=0.0) < 0:
+        raise ConfigError(
+            key="data.curriculum",
+            value=f"from_step {entry.from_step}, weights {entry.weights}",
+            rule="steps and weights are not negative",
+            remedy="use 0 to let a source rest",
+        )
+    if sum(entry.weights.values()) <= 0:
+        raise ConfigError(
+            key="data.curriculum",
+            value=entry.weights,
+            rule="some source needs a weight above 0",
+            remedy="give one, or remove the entry",
+        )

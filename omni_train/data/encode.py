@@ -11,6 +11,7 @@ Letters: see types.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,8 +22,14 @@ from transformers import PreTrainedTokenizerFast
 
 from omni_train.config.errors import DataError
 from omni_train.data.chatml import MediaPiece, TextPiece, render
-from omni_train.data.image import patchify, resize, smart_resize
-from omni_train.data.media import decode_audio, decode_image, decode_video, num_samples_16k
+from omni_train.data.clip import decode_frames
+from omni_train.data.image import check_aspect, patchify_each, resize, smart_resize
+from omni_train.data.media import (
+    decode_audio,
+    decode_image,
+    decode_pictures,
+    num_samples_16k,
+)
 from omni_train.data.types import (
     IGNORE_INDEX,
     EncodedSample,
@@ -32,7 +39,7 @@ from omni_train.data.types import (
     ProcessingConfig,
     RawSample,
 )
-from omni_train.data.video import audio_offset_us, patch_times_us, select_frames
+from omni_train.data.video import MICROSECONDS, audio_offset_us, patch_times_us, plan_clip
 from omni_train.models.tmrope import (
     AudioSpan,
     ImageSpan,
@@ -101,9 +108,9 @@ def encode(
             raise DataError(
                 "stale_index", f"dialogue names {piece.kind.value} {piece.member}, index {found}"
             )
-        if piece.member not in raw.media:
-            raise DataError("missing_member", f"no bytes for {piece.member}")
-        _add_medium(parts, piece, raw.media[piece.member], info)
+        if missing := [name for name in piece.members if name not in raw.media]:
+            raise DataError("missing_member", f"no bytes for {', '.join(missing)}")
+        _add_medium(parts, piece, raw.media, info)
         parts.texts.append(None)
     return _assemble(parts, raw)
 
@@ -115,13 +122,14 @@ def _check_text(piece: TextPiece, spec: ModelSpec) -> None:
         raise DataError("media_id_in_text", "text holds the id of a media placeholder")
 
 
-def _add_medium(parts: _Parts, piece: MediaPiece, data: bytes, info: MediaInfo) -> None:
+def _add_medium(parts: _Parts, piece: MediaPiece, media: dict[str, bytes], info: MediaInfo) -> None:
     if piece.kind is MediaKind.image:
-        _add_image(parts, data, info)
+        _add_image(parts, media[piece.member], info)
     elif piece.kind is MediaKind.audio:
-        parts.spans.append(AudioSpan(_add_sound(parts, data, info)))
+        wave = decode_audio(media[piece.member], info)
+        parts.spans.append(AudioSpan(_add_sound(parts, wave, info)))
     else:
-        _add_clip(parts, piece, data, info)
+        _add_clip(parts, piece, media, info)
 
 
 def _add_image(parts: _Parts, data: bytes, info: MediaInfo) -> None:
@@ -133,50 +141,68 @@ def _add_image(parts: _Parts, data: bytes, info: MediaInfo) -> None:
             f"{info.member} is {pixels.shape[3]}x{pixels.shape[2]}, "
             f"the index has {info.width}x{info.height}",
         )
-    size = _target_size(info, parts.spec, config.image_min_pixels, config.image_max_pixels)
-    _, height, width = _add_patches(parts, resize(pixels, *size))
+    size = smart_resize(
+        info.height,
+        info.width,
+        factor=parts.spec.patch_size * parts.spec.merge_size,
+        min_pixels=config.image_min_pixels,
+        max_pixels=config.image_max_pixels,
+    )
+    _, height, width = _add_patches(parts, [resize(pixels, *size)], 1)
     parts.spans.append(ImageSpan(height, width))
 
 
-def _add_clip(parts: _Parts, piece: MediaPiece, data: bytes, info: MediaInfo) -> None:
+def _add_clip(parts: _Parts, piece: MediaPiece, media: dict[str, bytes], info: MediaInfo) -> None:
     """Add a clip; its sound goes along where it has any, unless the dialogue leaves it out."""
-    config, spec = parts.config, parts.spec
-    samples = num_samples_16k(info.num_audio_samples, max(info.sample_rate_hz, 1))
-    has_sound = info.has_audio and num_audio_tokens(num_mel_frames(samples)) > 0
-    if piece.audio_in_video and not has_sound:
+    spec = parts.spec
+    if len(piece.pictures) != (info.num_frames if info.parts else 0):
+        raise DataError("stale_index", f"{info.member}: dialogue and index name other pictures")
+    if (piece.audio_in_video is not False) != info.use_audio:
+        raise DataError("stale_index", f"{info.member}: dialogue and index disagree on its sound")
+    check_aspect(info.height, info.width)
+    plan = plan_clip(info, parts.config, spec)
+    if plan.dropped:
+        raise DataError(
+            "av_mismatch",
+            f"the sound of {info.member} ends {plan.mismatch_us / MICROSECONDS:+.3f} s after its "
+            "picture",
+        )
+    samples = num_samples_16k(plan.num_audio_samples, max(info.sample_rate_hz, 1))
+    with_sound = num_audio_tokens(num_mel_frames(samples)) > 0
+    if piece.audio_in_video and not with_sound:
         raise DataError("empty_audio", f"the sound of {info.member} is asked for; it has none")
-    with_sound = has_sound and piece.audio_in_video is not False
 
-    size = _target_size(info, spec, config.video_min_pixels, config.video_max_pixels)
-    frames = select_frames(info, config)
-    _, height, width = _add_patches(parts, decode_video(data, frames, info, size=size))
+    size = (plan.height, plan.width)
+    frames: Iterable[Tensor]
+    if piece.pictures:
+        pictures = [media[piece.pictures[number]] for number in plan.frames]
+        frames = decode_pictures(pictures, info, size=size)
+    else:
+        frames = decode_frames(media[piece.member], plan.frames, info, size=size)
+    _, height, width = _add_patches(parts, frames, len(plan.frames))
     times = patch_times_us(
-        info, frames, temporal_patch_size=spec.temporal_patch_size, with_sound=with_sound
+        info, plan.frames, temporal_patch_size=spec.temporal_patch_size, with_sound=with_sound
     )
     if with_sound:
-        tokens = _add_sound(parts, data, info)
+        wave = decode_audio(media[piece.sound or piece.member], info)
+        tokens = _add_sound(parts, wave[:samples], info)
         start_us = audio_offset_us(info)
         parts.spans.append(SoundVideoSpan(times, height, width, tokens, start_us))
     else:
         parts.spans.append(VideoSpan(times, height, width))
 
 
-def _target_size(info: MediaInfo, spec: ModelSpec, low: int, high: int) -> tuple[int, int]:
-    factor = spec.patch_size * spec.merge_size
-    return smart_resize(info.height, info.width, factor=factor, min_pixels=low, max_pixels=high)
-
-
-def _add_patches(parts: _Parts, frames: Tensor) -> tuple[int, int, int]:
+def _add_patches(parts: _Parts, frames: Iterable[Tensor], num_frames: int) -> tuple[int, int, int]:
     """Add the patches of one picture or clip; return its grid after the merge."""
-    patches, grid = patchify(frames, parts.spec)
+    patches, grid = patchify_each(frames, num_frames, parts.spec)
     parts.patches.append(patches)
     parts.grids.append(grid)
     return grid[0], grid[1] // parts.spec.merge_size, grid[2] // parts.spec.merge_size
 
 
-def _add_sound(parts: _Parts, data: bytes, info: MediaInfo) -> int:
-    """Add the log-mel frames of one medium's sound; return its tokens."""
-    mel = log_mel(decode_audio(data, info), parts.spec.num_mel_bins)
+def _add_sound(parts: _Parts, wave: Tensor, info: MediaInfo) -> int:
+    """Add the log-mel frames of one medium's sound [S]; return its tokens."""
+    mel = log_mel(wave, parts.spec.num_mel_bins)
     tokens = num_audio_tokens(int(mel.shape[1]))
     if tokens == 0:
         raise DataError("empty_audio", f"{info.member} has {mel.shape[1]} mel frames, needs 3")
@@ -206,12 +232,19 @@ def _assemble(parts: _Parts, raw: RawSample) -> EncodedSample:
         input_ids=torch.from_numpy(np.concatenate(ids)),
         labels=torch.from_numpy(np.concatenate(labels)),
         position_ids=torch.from_numpy(rope.position_ids),
-        patches=torch.cat([*parts.patches, torch.empty(0, side, dtype=torch.uint8)]),
+        patches=_joined(parts.patches, torch.empty(0, side, dtype=torch.uint8), dim=0),
         grid_thw=torch.tensor(parts.grids, dtype=torch.int64).reshape(-1, 3),
-        mel=torch.cat([*parts.mels, torch.empty(spec.num_mel_bins, 0)], dim=1),
+        mel=_joined(parts.mels, torch.empty(spec.num_mel_bins, 0), dim=1),
         mel_lengths=torch.tensor([mel.shape[1] for mel in parts.mels], dtype=torch.int64),
         task=raw.row.task,
     )
+
+
+def _joined(parts: list[Tensor], empty: Tensor, *, dim: int) -> Tensor:
+    """Return the parts one after the other; a single one, often tens of megabytes, uncopied."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([*parts, empty], dim=dim)
 
 
 def _span_ids(span: Span, is_audio: NDArray[np.bool_] | None, spec: ModelSpec) -> Int64Array:

@@ -1,72 +1,91 @@
 """Bytes of planned samples, read by offset and checked against the index.
 
-Local files only; a file is opened once per process and read with `pread`, so that no other part of
-a shard is touched. Nothing is decoded here.
+A sample's members lie side by side, so one read brings them all. Whatever differs from the index is
+read once more, past any cache, before the sample is given up. Nothing is decoded here.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from functools import lru_cache
 from pathlib import Path
 
 import xxhash
 
 from omni_train.config.errors import DataError
-from omni_train.data.types import IndexRow, RawSample
+from omni_train.data.stores import Store
+from omni_train.data.types import IndexRow, MemberPlace, RawSample
 
-_MAX_OPEN_SHARDS = 64
-
-
-class _OpenShard:
-    """A file descriptor that closes itself when it falls out of the cache."""
-
-    def __init__(self, path: str) -> None:
-        self.fd = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        os.close(self.fd)
+# Members that are no medium may lie between those that are; so many of their bytes are read along.
+_MAX_WASTE_BYTES = 1 << 16
+_LOCAL = Store()
 
 
-@lru_cache(maxsize=_MAX_OPEN_SHARDS)
-def _open_shard(path: str) -> _OpenShard:
-    return _OpenShard(path)
-
-
-def read_member(shard: Path, offset: int, size: int, xxh3: str) -> bytes:
+def read_member(
+    shard: str | Path, offset: int, size: int, xxh3: str, store: Store | None = None
+) -> bytes:
     """Read one member and verify it.
 
     Args:
-        shard: path of the tar file.
+        shard: path or URL of the tar file.
         offset, size: place of the member's bytes.
         xxh3: xxh3-64 the index holds, 16 hex digits.
+        store: reads them; by default one without a cache.
 
     Raises:
-        DataError: `missing_shard`, `truncated` or `hash_mismatch`.
+        DataError: `hash_mismatch`, and what `Store.read_range` finds.
     """
-    try:
-        data = os.pread(_open_shard(str(shard)).fd, size, offset)
-    except FileNotFoundError as error:
-        raise DataError("missing_shard", str(error)) from error
-    if len(data) != size:
-        raise DataError("truncated", f"{len(data)} of {size} bytes at offset {offset}")
-    if xxhash.xxh3_64_hexdigest(data) != xxh3:
-        raise DataError("hash_mismatch", f"bytes at offset {offset} are not those of the index")
-    return data
+    return _read_verified(store or _LOCAL, shard, [MemberPlace("", offset, size, xxh3)])[0]
 
 
-def fetch(shard: Path, row: IndexRow) -> RawSample:
+def fetch(shard: str | Path, row: IndexRow, store: Store | None = None) -> RawSample:
     """Read the JSON member and all media of one sample.
 
     Raises:
-        DataError: with shard and key, where anything is missing or changed.
+        DataError: with shard and key, where anything is missing or changed: `missing_shard`,
+            `truncated`, `hash_mismatch`, `unreachable`, `no_ranges`, `bad_json`.
     """
+    places = [MemberPlace("json", row.json_offset, row.json_size, row.json_xxh3)]
+    places += [place for info in row.media for place in info.places()]
     try:
-        record = json.loads(read_member(shard, row.json_offset, row.json_size, row.json_xxh3))
-        media = {m.member: read_member(shard, m.offset, m.size, m.xxh3) for m in row.media}
+        text, *media = _read_verified(store or _LOCAL, shard, places)
+        record = json.loads(str(text, "utf-8"))
     except DataError as error:
-        raise error.at(shard=shard.name, key=row.key) from error
-    except ValueError as error:
-        raise DataError("bad_json", str(error), shard=shard.name, key=row.key) from error
-    return RawSample(row=row, record=record, media=media)
+        raise error.at(shard=_name(shard), key=row.key) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError("bad_json", str(error), shard=_name(shard), key=row.key) from error
+    if not isinstance(record, dict):
+        raise DataError("bad_json", "the record is no object", shard=_name(shard), key=row.key)
+    members = [place.member for place in places[1:]]
+    return RawSample(row=row, record=record, media=dict(zip(members, media, strict=True)))
+
+
+def _read_verified(store: Store, shard: str | Path, places: list[MemberPlace]) -> list[bytes]:
+    """Read members together where they are neighbours; read them again where a hash differs."""
+    start, stop, total = places[0].offset, 0, 0
+    for place in places:
+        start, stop = min(start, place.offset), max(stop, place.offset + place.size)
+        total += place.size
+    if stop - start > total + _MAX_WASTE_BYTES:
+        return [_read_verified(store, shard, [place])[0] for place in places]
+    wrong = places[0]
+    for fresh in (False, True):
+        data = store.read_range(shard, start, stop - start, fresh=fresh)
+        members = _cut(data, start, places)
+        for place, member in zip(places, members, strict=True):
+            if xxhash.xxh3_64_hexdigest(member) != place.xxh3:
+                wrong = place
+                break
+        else:
+            return members
+    raise DataError("hash_mismatch", f"bytes at offset {wrong.offset} are not those of the index")
+
+
+def _name(shard: str | Path) -> str:
+    return str(shard).rpartition("/")[2]
+
+
+def _cut(data: bytes, start: int, places: list[MemberPlace]) -> list[bytes]:
+    if len(places) == 1:
+        return [data]
+    view = memoryview(data)
+    return [bytes(view[p.offset - start : p.offset - start + p.size]) for p in places]

@@ -1,6 +1,6 @@
 """Pixels of pictures and frames: size rule, resize, patches, normalisation on the device.
 
-Done here: Qwen2-VL's size rule, Pillow's bicubic resampling on torch, patch order, CLIP
+Done here: Qwen2-VL's size rule, 8-bit bicubic resampling, patch order, CLIP
 normalisation. Not done here: decoding (media.py), choosing frames (video.py).
 
 Letters: N frames, H and W pixels, P patches before the merge, D = 3 * temporal_patch_size *
@@ -9,6 +9,7 @@ patch_size ** 2 values of one patch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 
 import numpy as np
@@ -22,8 +23,6 @@ from omni_train.data.types import ModelSpec
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_ASPECT_RATIO = 200
-# Shrinking by less than this factor (and any enlarging) needs float64, see `_resize_axis`.
-EXACT_BELOW_SHRINK = 1.25
 
 
 def smart_resize(
@@ -36,15 +35,20 @@ def smart_resize(
     Raises:
         DataError: `aspect_ratio` where one side is over 200 times the other.
     """
-    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise DataError(
-            "aspect_ratio", f"{width}x{height} is more than {MAX_ASPECT_RATIO} to 1, the limit"
-        )
+    check_aspect(height, width)
     heights, widths = smart_resize_many(
         np.array([height]), np.array([width]), factor=factor, min_pixels=min_pixels,
         max_pixels=max_pixels,
     )  # fmt: skip
     return int(heights[0]), int(widths[0])
+
+
+def check_aspect(height: int, width: int) -> None:
+    """Refuse pictures that are all edge (`aspect_ratio`)."""
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise DataError(
+            "aspect_ratio", f"{width}x{height} is more than {MAX_ASPECT_RATIO} to 1, the limit"
+        )
 
 
 def smart_resize_many(
@@ -78,55 +82,66 @@ def smart_resize_many(
 def resize(frames: Tensor, height: int, width: int) -> Tensor:
     """Return uint8 [N, 3, height, width] of frames uint8 [N, 3, H, W]: antialiased bicubic.
 
-    Within one step of Pillow, and so of the PIL image processor: one pass per axis, rounded and
-    clamped to 0..255 between the passes. Without that rounding, sharp edges differ by up to 30.
+    torch's own 8-bit resampling, within two steps of Pillow on one pixel in a hundred. It takes the
+    width first, as the processors' torchvision back end does; that is equal bit for bit there.
     """
     old_h, old_w = frames.shape[-2:]
     # Pillow 13 takes the vertical pass first where the height shrinks by over twice as many pixels
-    # as the width; the order shows where the clamp between the passes cuts.
-    rows_first = height < old_h and old_h - height > 2 * (old_w - width)
-    for axis in (2, 3) if rows_first else (3, 2):
-        frames = _resize_axis(frames, axis, height if axis == 2 else width)
-    return frames.to(torch.uint8).contiguous()
+    # as the width; the order shows where values are clamped between the passes.
+    if height < old_h and old_h - height > 2 * (old_w - width):
+        frames = _resize(frames, height, old_w)
+    return _resize(frames, height, width)
 
 
-def _resize_axis(frames: Tensor, axis: int, size: int) -> Tensor:
-    """Return integer-valued frames resized along one axis; untouched where the size is right."""
-    old = frames.shape[axis]
-    if old == size:
+def _resize(frames: Tensor, height: int, width: int) -> Tensor:
+    if tuple(frames.shape[-2:]) == (height, width):
         return frames
-    # torch computes the filter's positions in the dtype of the pixels. Near a factor of one, or
-    # when enlarging, float32 is off by enough to move black-and-white edges by two steps.
-    dtype = torch.float32 if old >= EXACT_BELOW_SHRINK * size else torch.float64
-    shape = (size, frames.shape[3]) if axis == 2 else (frames.shape[2], size)
-    resized = torch.nn.functional.interpolate(
-        frames.to(dtype), shape, mode="bicubic", antialias=True, align_corners=False
+    return torch.nn.functional.interpolate(
+        frames, (height, width), mode="bicubic", antialias=True, align_corners=False
     )
-    return resized.round_().clamp_(0, 255)
 
 
 def patchify(frames: Tensor, spec: ModelSpec) -> tuple[Tensor, tuple[int, int, int]]:
+    """Return the patches of frames uint8 [N, 3, H, W]; see `patchify_each`."""
+    return patchify_each(frames.split(1), len(frames), spec)
+
+
+def patchify_each(
+    frames: Iterable[Tensor], num_frames: int, spec: ModelSpec
+) -> tuple[Tensor, tuple[int, int, int]]:
     """Return (patches uint8 [P, D], grid of patches in time, height, width).
 
     The last frame is repeated up to a whole temporal patch, so a picture becomes two equal frames.
     Patches of one merge window are neighbours; a patch is laid out channel, time, height, width.
+    Frames are taken one by one, so that each is copied while it is still in the cache.
 
     Args:
-        frames: uint8 [N, 3, H, W], H and W multiples of patch_size * merge_size.
+        frames: each uint8 [1, 3, H, W], H and W multiples of patch_size * merge_size.
+        num_frames: how many there are, N.
         spec: sizes of the vision tower.
     """
-    num, channels, height, width = frames.shape
     side, merge, deep = spec.patch_size, spec.merge_size, spec.temporal_patch_size
-    if height % (side * merge) or width % (side * merge):
-        raise ValueError(f"{height}x{width} is not a multiple of {side * merge}")
-    if missing := -num % deep:
-        frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
-    grid = ((num + missing) // deep, height // side, width // side)
-    split = frames.reshape(
-        grid[0], deep, channels, grid[1] // merge, merge, side, grid[2] // merge, merge, side
-    )
-    patches = split.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
-    return patches.reshape(grid[0] * grid[1] * grid[2], channels * deep * side * side), grid
+    # One row of a patch is moved as one item, which halves the time of moving bytes.
+    row = np.dtype((np.void, side))
+    out = np.empty(0, row)
+    grid, number = (0, 0, 0), 0
+    for number, frame in enumerate(frames):
+        _, channels, height, width = frame.shape
+        if number == 0:
+            if height % (side * merge) or width % (side * merge):
+                raise ValueError(f"{height}x{width} is not a multiple of {side * merge}")
+            grid = (-(-num_frames // deep), height // side, width // side)
+            blocks = (grid[0], grid[1] // merge, grid[2] // merge)
+            out = np.empty((*blocks, merge, merge, channels, deep, side), row)
+        rows = frame[0].contiguous().numpy().view(row)
+        rows = rows.reshape(channels, blocks[1], merge, side, blocks[2], merge)
+        out[number // deep, ..., number % deep, :] = rows.transpose(1, 4, 2, 5, 0, 3)
+    if number + 1 != num_frames:
+        raise ValueError(f"{number + 1} frames, not {num_frames}")
+    for missing in range(num_frames, grid[0] * deep):
+        out[-1, ..., missing % deep, :] = out[-1, ..., (num_frames - 1) % deep, :]
+    patches = torch.from_numpy(out.view(np.uint8).reshape(grid[0] * grid[1] * grid[2], -1))
+    return patches, grid
 
 
 def normalize_patches(patches: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,22 @@ import pyarrow.parquet as pq
 import xxhash
 
 from omni_train.config.errors import DataError
-from omni_train.data.types import IndexRow, MediaInfo, MediaKind
+from omni_train.data.filters import QUALITY
+from omni_train.data.stores import Root, Store, open_root
+from omni_train.data.types import IndexRow, MediaInfo, MediaKind, MemberPlace
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 _HASH_BLOCK = 1 << 20
 
+_PLACE = pa.struct(
+    [
+        ("member", pa.string()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("xxh3", pa.string()),
+    ]
+)
 _MEDIA = pa.struct(
     [
         ("kind", pa.string()),
@@ -48,6 +59,7 @@ _MEDIA = pa.struct(
         ("sample_rate_hz", pa.int32()),
         ("num_channels", pa.int32()),
         ("duration_us", pa.int64()),
+        ("parts", pa.list_(_PLACE)),
     ]
 )
 _ROW = pa.schema(
@@ -63,6 +75,8 @@ _ROW = pa.schema(
         ("language", pa.string()),
         ("speaker", pa.string()),
         ("source", pa.string()),
+        ("content_hash", pa.string()),
+        ("quality", pa.struct([(name, pa.float64()) for name in QUALITY])),
     ],
     metadata={"omni_train.schema_version": str(SCHEMA_VERSION)},
 )
@@ -125,23 +139,50 @@ def write_index(path: str | Path, rows: list[IndexRow]) -> None:
     write_atomically(Path(path), sink.getvalue().to_pybytes())
 
 
-def read_index(path: str | Path) -> list[IndexRow]:
-    """Read an index.
+def read_index(path: str | Path, *, xxh3: str = "", store: Store | None = None) -> list[IndexRow]:
+    """Read an index, local or remote; arguments and errors are those of `read_table`."""
+    return rows_of(read_table(path, xxh3=xxh3, store=store))
+
+
+def read_table(
+    path: str | Path,
+    *,
+    xxh3: str = "",
+    store: Store | None = None,
+    columns: Sequence[str] | None = None,
+) -> pa.Table:
+    """Read an index as columns, without an object per row.
+
+    Args:
+        path: of the Parquet file, or its URL.
+        xxh3: hash that the manifest holds of it; empty where there is none to hold it to.
+        store: reads it; by default one without a cache.
+        columns: names of those that are wanted, fields of media as `media.list.element.kind`.
 
     Raises:
-        DataError: `missing_index`, `corrupt_index` (unreadable, or columns of another version).
+        DataError: `missing_index`, `corrupt_index` (unreadable, another hash, or columns of another
+            version), and what `Store.read_all` finds.
     """
-    path = Path(path)
+    store = store or Store()
+    data = _read_file(store, path, missing="missing_index")
+    if xxh3 and xxhash.xxh3_64_hexdigest(data) != xxh3:
+        data = _read_file(store, path, missing="missing_index")
+        if xxhash.xxh3_64_hexdigest(data) != xxh3:
+            raise DataError("corrupt_index", f"{path} is not the file that the manifest describes")
     try:
-        # The file object, not its name: pyarrow would otherwise resolve names as URIs.
-        with path.open("rb") as file:
-            table = pq.read_table(file)
-    except FileNotFoundError as error:
-        raise DataError("missing_index", f"no index at {path}") from error
+        # The bytes, not the name: pyarrow would otherwise resolve names as URIs.
+        file = pq.ParquetFile(pa.BufferReader(data))
+        same = file.schema_arrow.equals(_ROW)
+        table = file.read(columns=columns, use_threads=False) if same else None
     except (pa.ArrowException, OSError) as error:
         raise DataError("corrupt_index", f"{path} is no readable Parquet file: {error}") from error
-    if not table.schema.equals(_ROW):
+    if table is None:
         raise DataError("corrupt_index", f"{path} has other columns than this version writes")
+    return table
+
+
+def rows_of(table: pa.Table) -> list[IndexRow]:
+    """Rows of a table that `read_table` returned with all its columns."""
     return [_row_from_dict(values) for values in table.to_pylist()]
 
 
@@ -170,19 +211,19 @@ def write_manifest(root: str | Path, manifest: Manifest) -> None:
     write_atomically(Path(root) / MANIFEST_NAME, text.encode())
 
 
-def read_manifest(root: str | Path) -> Manifest:
-    """Read the manifest of a set of shards.
+def read_manifest(root: str | Path | Root) -> Manifest:
+    """Read the manifest of a set of shards, local or remote.
 
     Raises:
         DataError: `missing_manifest`; `corrupt_manifest` where it is not what `write_manifest`
             writes; `schema_version` where another version wrote it.
     """
-    path = Path(root) / MANIFEST_NAME
+    opened = open_root(root)
+    path = opened.url_of(MANIFEST_NAME)
+    data = _read_file(opened.store, path, missing="missing_manifest")
     try:
-        record = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise DataError("missing_manifest", f"no {MANIFEST_NAME} in {root}") from error
-    except ValueError as error:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise DataError("corrupt_manifest", f"{path} is no JSON: {error}") from error
     version = record.get("schema_version") if isinstance(record, dict) else None
     if version != SCHEMA_VERSION:
@@ -232,6 +273,15 @@ def publish(temporary: Path, path: Path) -> None:
         os.close(directory)
 
 
+def _read_file(store: Store, path: str | Path, *, missing: str) -> bytes:
+    """Read a whole file; its absence has the reason `missing`."""
+    try:
+        return store.read_all(path)
+    except DataError as error:
+        reason = missing if error.reason == "missing_shard" else error.reason
+        raise DataError(reason, error.detail) from error
+
+
 def _shard_info(entry: dict[str, Any]) -> ShardInfo:
     info = ShardInfo(**entry)
     # The name becomes a path: it must stay inside the set's directory.
@@ -250,6 +300,12 @@ def _row_to_dict(row: IndexRow) -> dict[str, Any]:
     return record
 
 
+def _medium_from_dict(info: dict[str, Any]) -> MediaInfo:
+    parts = [MemberPlace(**place) for place in info["parts"]]
+    return MediaInfo(**{**info, "kind": MediaKind[info["kind"]], "parts": parts})
+
+
 def _row_from_dict(values: dict[str, Any]) -> IndexRow:
-    media = [MediaInfo(**{**info, "kind": MediaKind[info["kind"]]}) for info in values["media"]]
-    return IndexRow(**{**values, "media": media})
+    media = [_medium_from_dict(info) for info in values["media"]]
+    quality = {name: score for name, score in values["quality"].items() if score is not None}
+    return IndexRow(**{**values, "media": media, "quality": quality})

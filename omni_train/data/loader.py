@@ -1,16 +1,17 @@
 """The plan, run: global steps of batches for one rank, in an order that any rank can recompute.
 
-The loader's whole state is (epoch, window, step): window w of the endless stream is a pure function
-of the sources, the settings and w, so resuming plans one window again and reads nothing else.
+The loader's whole state is (epoch, window, step) and a fingerprint: window w of the endless stream
+is a pure function of the sources, the settings and w, so resuming plans one window again and reads
+nothing else.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,83 +24,56 @@ from omni_train.data.collate import collate
 from omni_train.data.config import DataConfig
 from omni_train.data.encode import encode
 from omni_train.data.fetch import fetch
-from omni_train.data.index import MANIFEST_NAME, index_path, read_index, read_manifest
-from omni_train.data.measure import Costs, measure
-from omni_train.data.plan import assign, plan_window, shuffled_slice
+from omni_train.data.index import MANIFEST_NAME
+from omni_train.data.measure import Costs
+from omni_train.data.mixture import Mixture, weights_by_window
+from omni_train.data.plan import WindowPlan, assign, join_costs, plan_window
+from omni_train.data.skiplist import read_skip_list
+from omni_train.data.source import ShardSource
+from omni_train.data.split import Part, cut
+from omni_train.data.stores import FetchConfig, Store, open_root
 from omni_train.data.tokenizer import tokenizer_hash
 from omni_train.data.types import Batch, IndexRow, ModelSpec, PackSpec, ProcessingConfig, SampleRef
+from omni_train.engine.fingerprint import NOT_IDENTITY, flatten, is_covered, plain
 from omni_train.engine.run import Run
 from omni_train.engine.types import StepItem
 
-# Shards per source whose mean sample length stands for the source when weights become counts.
-_SHARDS_FOR_MEAN = 64
+# Packs by which a window takes less than its steps hold, so that it does not need one step more.
+_SPARE_SHARE = 0.002
+# Settings that do not change what is in which global step.
+_NOT_PLAN = (*NOT_IDENTITY, "data.max_bad_share", "data.max_bad_in_a_row", "data.budget_tokens")
 
 
 @dataclass(frozen=True, slots=True)
 class _Work:
     """What a worker needs to make one batch: offsets, never media."""
 
-    samples: list[tuple[str, Path, IndexRow]]
-
-
-class ShardSource:
-    """A set of shards with its index, read shard by shard.
-
-    Raises:
-        ConfigError: the index counts text tokens under another tokenizer.
-    """
-
-    def __init__(self, name: str, path: str, processing: ProcessingConfig, spec: ModelSpec) -> None:
-        self.name = name
-        self.root = Path(path)
-        self.manifest = read_manifest(self.root)
-        self.counts = [shard.num_samples for shard in self.manifest.shards]
-        self.num_samples = sum(self.counts)
-        self._processing, self._spec = processing, spec
-        self.shard = lru_cache(maxsize=64)(self._shard)
-
-    def check_tokenizer(self, expected: str) -> None:
-        """Refuse an index whose text token counts belong to another tokenizer."""
-        if self.manifest.tokenizer_hash != expected:
-            raise ConfigError(
-                key=f"data.sources.{self.name}.path",
-                value=str(self.root),
-                rule=f"its index counts tokens with tokenizer {self.manifest.tokenizer_hash}, "
-                f"the run's is {expected}",
-                remedy="index the shards again with this tokenizer: omni-train data index",
-            )
-
-    def _shard(self, number: int) -> tuple[list[IndexRow], Costs]:
-        shard = self.manifest.shards[number]
-        rows = read_index(index_path(self.root / shard.name))
-        return rows, measure(rows, self._processing, self._spec)
-
-    def path_of(self, number: int) -> Path:
-        """Path of a shard's tar file."""
-        return self.root / self.manifest.shards[number].name
-
-    def mean_tokens(self) -> float:
-        """Mean tokens per sample, over evenly spaced shards where there are many."""
-        stride = -(-len(self.counts) // _SHARDS_FOR_MEAN)
-        tokens = [self.shard(n)[1].num_tokens for n in range(0, len(self.counts), stride)]
-        return float(np.concatenate(tokens).mean())
+    samples: list[tuple[str, str, IndexRow, Part | None]]
 
 
 class _PackDataset(Dataset[Batch]):
     """Work items in, batches out; runs in the worker processes."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, config: ProcessingConfig, spec: ModelSpec
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        config: ProcessingConfig,
+        spec: ModelSpec,
+        fetch_config: FetchConfig,
     ) -> None:
         self.tokenizer, self.config, self.spec = tokenizer, config, spec
+        self.store = Store(fetch_config)
 
     def __getitem__(self, work: _Work) -> Batch:
         encoded, bad = [], []
-        for source, shard, row in work.samples:
+        for source, shard, row, part in work.samples:
             try:
-                encoded.append(encode(fetch(shard, row), self.tokenizer, self.config, self.spec))
+                raw = fetch(shard, row, self.store)
+                if part is not None:
+                    raw = cut(raw, part)
+                encoded.append(encode(raw, self.tokenizer, self.config, self.spec))
             except DataError as error:
-                bad.append((source, shard.name, row.key, str(error)))
+                bad.append((source, _shard_name(shard), row.key, str(error)))
         return collate(encoded, self.spec, bad=bad)
 
 
@@ -113,6 +87,8 @@ class PlannedLoader:
         rank, world_size: this rank among the data-parallel ranks.
         seed: names the order of samples; another seed is another order.
         ledger: called with source, shard, key and reason of every sample that the plan leaves out.
+        event: called with a kind and fields: what filters left out, sources that end, the budget.
+        resume_allow: fingerprint keys, or their prefixes, that may differ in `load_state`.
     """
 
     def __init__(
@@ -125,110 +101,179 @@ class PlannedLoader:
         world_size: int,
         seed: int,
         ledger: Callable[..., None],
+        event: Callable[..., None] | None = None,
+        resume_allow: Sequence[str] = (),
     ) -> None:
         self.config, self.rank, self.world_size, self.seed = config, rank, world_size, seed
-        self._ledger = ledger
-        self._dataset = _PackDataset(tokenizer, config.processing, spec)
+        self._ledger, self._event = ledger, event or (lambda kind, **fields: None)
+        self._resume_allow = resume_allow
+        self._dataset = _PackDataset(tokenizer, config.processing, spec, config.fetch)
         self.sources = [
-            ShardSource(name, source.path, config.processing, spec)
-            for name, source in sorted(config.sources.items())
+            ShardSource(name, config, spec, tokenizer) for name in sorted(config.sources)
         ]
         for source in self.sources:
             source.check_tokenizer(tokenizer_hash(tokenizer))
-        self._rates = self._samples_per_window()
+            for reason, counted in source.left_out.items():
+                self._event("left_out", source=source.name, reason=reason, **asdict(counted))
+            if not source.epoch_tokens:
+                raise DataError("no_samples", f"source {source.name} has no sample that is used")
+        self.fingerprint = plan_fingerprint(config, seed)
+        self.mixture, self.steps_per_window = self._layout()
         self._window, self._step = 0, 0
         self._bad: Counter[str] = Counter()
         self._bad_in_a_row = 0
 
-    def _samples_per_window(self) -> list[float]:
-        """Samples each source gives to a window, so that tokens come in the weights' ratio."""
-        weights = [self.config.sources[source.name].weight for source in self.sources]
-        wanted = np.array([w / s.mean_tokens() for w, s in zip(weights, self.sources, strict=True)])
-        rates = self.config.window_samples * wanted / wanted.sum()
-        sizes = np.array([source.num_samples for source in self.sources])
+    def _layout(self) -> tuple[Mixture, int]:
+        """Tokens of a window such that it is a whole number of full global steps.
+
+        One window is planned to see how full its packs become.
+        """
+        config = self.config
+        names = [source.name for source in self.sources]
+        base = {name: source.weight for name, source in config.sources.items()}
+        changes = [(entry.from_step, entry.weights) for entry in config.curriculum]
+        share = np.array(weights_by_window(names, base, changes, 1)[0][1])
+        share = share / share.sum()
+        epochs = np.array([source.epoch_tokens for source in self.sources])
+        means = np.array([source.mean_tokens for source in self.sources])
+        step_tokens = config.global_batch_packs * config.pack_tokens
+        num_steps = max(
+            1, round(config.window_samples / float((share / means).sum()) / step_tokens)
+        )
+        limits = [
+            None
+            if (times := config.sources[source.name].max_epochs) is None
+            else times * source.epoch_tokens
+            for source in self.sources
+        ]
+
+        def mixture(window_tokens: int) -> Mixture:
+            weights = weights_by_window(names, base, changes, num_steps)
+            return Mixture(limits, weights, window_tokens)
+
         # A window in which every source repeats itself would only put copies into one pack.
-        rates *= min(1.0, float((sizes / rates).max()))
-        return [float(rate) for rate in rates]
+        most = round(float((epochs / np.maximum(share, 1e-9)).max()))
+        self.mixture = mixture(min(num_steps * step_tokens, most))
+        packs = [pack for step in self._plan(0).steps for pack in step]
+        if (
+            not packs
+            or num_steps * step_tokens >= most
+            or num_steps * config.global_batch_packs == 1
+        ):
+            num_steps = max(1, -(-len(packs) // config.global_batch_packs))
+            return mixture(most), num_steps
+        full = sum(pack.num_tokens for pack in packs) / len(packs)
+        wanted = num_steps * config.global_batch_packs
+        spare = min(max(1.0, wanted * _SPARE_SHARE), wanted / 2)
+        return mixture(int((wanted - spare) * full)), num_steps
 
-    def state(self) -> dict[str, int]:
-        """Position of the next global step that has not been delivered."""
-        return {"epoch": self._epoch(self._window), "window": self._window, "step": self._step}
+    def state(self) -> dict[str, int | str]:
+        """Position of the next global step that has not been delivered, and what it depends on."""
+        return {
+            "epoch": self._epoch(self._window),
+            "window": self._window,
+            "step": self._step,
+            "fingerprint": json.dumps(self.fingerprint, sort_keys=True),
+        }
 
-    def load_state(self, state: dict[str, int]) -> None:
-        """Continue at a position that `state` returned, at any world size."""
-        self._window, self._step = state["window"], state["step"]
+    def load_state(self, state: dict[str, int | str]) -> None:
+        """Continue at a position that `state` returned, at any world size.
+
+        Raises:
+            ConfigError: data, mixture or processing are not those of the state, unless allowed.
+        """
+        before = json.loads(str(state["fingerprint"]))
+        changed = {
+            key: f"{before.get(key)!r} -> {self.fingerprint.get(key)!r}"
+            for key in sorted(before.keys() | self.fingerprint.keys())
+            if before.get(key) != self.fingerprint.get(key)
+            and not any(is_covered(allowed, key) for allowed in self._resume_allow)
+        }
+        if changed:
+            raise ConfigError(
+                key="data",
+                value="; ".join(f"{key}: {change}" for key, change in changed.items()),
+                rule="the order of samples depends on it, so the run would not continue exactly",
+                remedy=f"restore it, or set run.resume_allow={list(changed)[:3]}",
+            )
+        self._window, self._step = int(state["window"]), int(state["step"])
 
     def _epoch(self, window: int) -> int:
+        spans = self.mixture.spans(window)
         return min(
-            int(window * rate) // source.num_samples
-            for rate, source in zip(self._rates, self.sources, strict=True)
+            start // source.epoch_tokens
+            for (start, _), source in zip(spans, self.sources, strict=True)
         )
 
     def plan(self, window: int) -> list[list[PackSpec]]:
         """Global steps of a window, each a list of packs; the same on every rank."""
+        planned = self._plan(window)
+        for ref in planned.over_budget if self.rank == 0 else []:
+            name, shard, row, _ = self._locate(ref)
+            reason = f"over_budget: more than data.pack_tokens={self.config.pack_tokens} tokens"
+            self._ledger(source=name, shard=_shard_name(shard), key=row.key, reason=reason)
+        return planned.steps
+
+    def _plan(self, window: int) -> WindowPlan:
         refs: list[SampleRef] = []
-        for number, (source, rate) in enumerate(zip(self.sources, self._rates, strict=True)):
-            # floor(w * rate) keeps fractions of a sample for the next window.
-            start, stop = int(window * rate), int((window + 1) * rate)
-            where = shuffled_slice(
-                source.counts,
-                start,
-                stop,
-                seed=(self.seed, number),
-                shuffle_shards=self.config.shuffle_shards,
-            )
-            refs.extend(SampleRef(number, shard, row) for shard, row in where)
-        if not refs:
-            return []
-        planned = plan_window(
+        measured: list[Costs] = []
+        spans = self.mixture.spans(window)
+        for number, (source, (start, stop)) in enumerate(zip(self.sources, spans, strict=True)):
+            shards, rows, costs = source.window(start, stop, seed=(self.seed, number))
+            refs.extend(map(SampleRef, [number] * len(rows), shards.tolist(), rows.tolist()))
+            measured.append(costs)
+        return plan_window(
             refs,
-            self._costs(refs),
+            join_costs(measured),
             pack_tokens=self.config.pack_tokens,
             packs_per_step=self.config.global_batch_packs,
             seed=(self.seed, window),
         )
-        for ref in planned.over_budget if self.rank == 0 else []:
-            name, shard, row = self._locate(ref)
-            reason = f"over_budget: more than data.pack_tokens={self.config.pack_tokens} tokens"
-            self._ledger(source=name, shard=shard.name, key=row.key, reason=reason)
-        return planned.steps
 
-    def _costs(self, refs: list[SampleRef]) -> Costs:
-        measured = [(self.sources[r.source].shard(r.shard)[1], r.row) for r in refs]
-        return Costs(
-            num_tokens=np.array([c.num_tokens[row] for c, row in measured], np.int64),
-            vision_cost=np.array([c.vision_cost[row] for c, row in measured]),
-            audio_cost=np.array([c.audio_cost[row] for c, row in measured]),
-            llm_cost=np.array([c.llm_cost[row] for c, row in measured]),
-        )
-
-    def _locate(self, ref: SampleRef) -> tuple[str, Path, IndexRow]:
+    def _locate(self, ref: SampleRef) -> tuple[str, str, IndexRow, Part | None]:
         source = self.sources[ref.source]
-        return source.name, source.path_of(ref.shard), source.shard(ref.shard)[0][ref.row]
+        return source.name, source.path_of(ref.shard), *source.place(ref.shard, ref.row)
 
-    def _schedule(self) -> Iterator[tuple[int, int, int, list[_Work]]]:
-        """(window, step, steps in the window, this rank's work by micro-step), endlessly."""
+    def planned_steps(self) -> Iterator[tuple[int, int, int, list[PackSpec]]]:
+        """(window, step, steps in the window, packs) from the position on, to the stage's end."""
         window, first = self._window, self._step
         idle = 0
-        while True:
+        while self.mixture.end_window is None or window < self.mixture.end_window:
+            self._report_ended(window)
+            tokens = sum(start for start, _ in self.mixture.spans(window))
             steps = self.plan(window)
             idle = 0 if steps else idle + 1
             if idle > 1000:
                 raise DataError("no_samples", "no sample of any source fits data.pack_tokens")
-            for step in range(first, len(steps)):
-                micro = assign(steps[step], self.world_size)
-                work = [_Work([self._locate(r) for r in m[self.rank].samples]) for m in micro]
-                yield window, step, len(steps), work
+            for step, packs in enumerate(steps):
+                if self.config.budget_tokens is not None and tokens >= self.config.budget_tokens:
+                    self._event("budget_reached", window=window, step=step, planned_tokens=tokens)
+                    return
+                tokens += sum(pack.num_tokens for pack in packs)
+                if step >= first:
+                    yield window, step, len(steps), packs
             window, first = window + 1, 0
+        self._event("sources_ended", window=window)
+
+    def _report_ended(self, window: int) -> None:
+        before = self.mixture.ended(window - 1) if window else []
+        for number in sorted(set(self.mixture.ended(window)) - set(before)):
+            source = self.sources[number]
+            times = self.config.sources[source.name].max_epochs
+            self._event("source_end", source=source.name, window=window, epochs=times)
 
     def steps(self) -> Iterator[StepItem]:
         """Global steps from the current position on; `state` moves as they are delivered."""
-        pending: list[tuple[int, int, int, int]] = []
+        pending: list[tuple[StepItem, int, int]] = []
 
         def work_items() -> Iterator[_Work]:
-            for window, step, num_steps, work in self._schedule():
-                pending.append((window, step, num_steps, len(work)))
-                yield from work
+            for window, step, num_steps, packs in self.planned_steps():
+                micro = assign(packs, self.world_size)
+                tokens = self.tokens_by_source(packs)
+                item = StepItem([], self._epoch(window), window, step, tokens)
+                pending.append((item, num_steps, len(micro)))
+                for of_ranks in micro:
+                    yield _Work([self._locate(ref) for ref in of_ranks[self.rank].samples])
 
         workers = self.config.num_workers
         batches = iter(
@@ -241,13 +286,21 @@ class PlannedLoader:
                 worker_init_fn=_one_thread if workers else None,
             )
         )
-        while True:
-            micro_batches = [next(batches)]
-            window, step, num_steps, num_micro = pending.pop(0)
-            micro_batches += [next(batches) for _ in range(num_micro - 1)]
-            last = step + 1 == num_steps
-            self._window, self._step = (window + 1, 0) if last else (window, step + 1)
-            yield StepItem(micro_batches, self._epoch(window), window, step)
+        while (first := next(batches, None)) is not None:
+            item, num_steps, num_micro = pending.pop(0)
+            item.micro_batches = [first, *(next(batches) for _ in range(num_micro - 1))]
+            last = item.step + 1 == num_steps
+            self._window, self._step = (
+                (item.window + 1, 0) if last else (item.window, item.step + 1)
+            )
+            yield item
+
+    def tokens_by_source(self, packs: Sequence[PackSpec]) -> dict[str, int]:
+        """Planned tokens of a global step by the name of the source."""
+        totals: Counter[int] = Counter()
+        for pack in packs:
+            totals.update(dict(enumerate(pack.source_tokens)))
+        return {source.name: totals[number] for number, source in enumerate(self.sources)}
 
     def count_bad(self, bad: Sequence[tuple[str, str, str, str]], *, num_samples: int) -> None:
         """Count the unusable samples of a global step and stop when there are too many.
@@ -279,23 +332,39 @@ class PlannedLoader:
 
 
 def source_hashes(config: DataConfig) -> dict[str, str]:
-    """What identifies the data of a run: the hash of each source's manifest.
+    """What identifies the data of a run: a hash of each source's manifest and skip list.
 
     Raises:
         ConfigError: a source has no manifest.
     """
     hashes = {}
     for name, source in config.sources.items():
-        path = Path(source.path) / MANIFEST_NAME
-        if not path.is_file():
+        try:
+            manifest = open_root(source.path, config.fetch).read_all(MANIFEST_NAME)
+        except DataError as error:
             raise ConfigError(
                 key=f"data.sources.{name}.path",
                 value=source.path,
-                rule=f"a directory with {MANIFEST_NAME} is needed",
+                rule=f"a directory with {MANIFEST_NAME} is needed: {error}",
                 remedy="make one with omni-train data index DIRECTORY",
-            )
-        hashes[name] = str(xxhash.xxh3_64_hexdigest(path.read_bytes()))
+            ) from error
+        skip = read_skip_list(source.path)
+        listed = json.dumps(skip, sort_keys=True).encode() if skip else b""
+        hashes[name] = str(xxhash.xxh3_64_hexdigest(manifest + listed))
     return hashes
+
+
+def plan_fingerprint(config: DataConfig, seed: int) -> dict[str, Any]:
+    """All that the sequence of global steps depends on, by the keys that a run's identity uses."""
+    settings = flatten({"data": plain(config)})
+    places = {f"data.sources.{name}.path" for name in config.sources}
+    kept = {
+        key: value
+        for key, value in settings.items()
+        if key not in places and not any(is_covered(free, key) for free in _NOT_PLAN)
+    }
+    hashes = {f"data.{name}": value for name, value in source_hashes(config).items()}
+    return {**kept, **hashes, "run.seed": seed}
 
 
 def build_loader(
@@ -310,7 +379,13 @@ def build_loader(
         world_size=run.world.size,
         seed=run.config.seed,
         ledger=run.ledger,
+        event=run.event,
+        resume_allow=run.config.resume_allow,
     )
+
+
+def _shard_name(shard: str) -> str:
+    return shard.rpartition("/")[2]
 
 
 def _one_thread(_: int) -> None:

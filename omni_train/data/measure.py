@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from omni_train.data.image import smart_resize_many
 from omni_train.data.media import num_samples_16k
 from omni_train.data.types import IndexRow, MediaInfo, MediaKind, ModelSpec, ProcessingConfig
-from omni_train.data.video import select_frames
+from omni_train.data.video import ClipPlan, plan_clip
 from omni_train.speech.mel import num_audio_tokens, num_mel_frames
 
 # Matmul parameters of the released 7B model; see the module docstring.
@@ -61,8 +61,9 @@ def measure(rows: Sequence[IndexRow], config: ProcessingConfig, spec: ModelSpec)
     is_image = _flags(info.kind is MediaKind.image for info in media)
     is_video = _flags(info.kind is MediaKind.video for info in media)
 
-    patches = _num_patches(media, is_image, is_video, config, spec)
-    frames = _num_sound_frames(media, is_video)
+    plans = {int(i): plan_clip(media[i], config, spec) for i in np.flatnonzero(is_video)}
+    patches = _num_patches(media, is_image, plans, config, spec)
+    frames = _num_sound_frames(media, plans)
     sound = num_audio_tokens(frames)
     # A span has bos and eos; a clip with sound has both pairs.
     brackets = np.where(is_video & (sound > 0), 4, 2)
@@ -83,36 +84,39 @@ def measure(rows: Sequence[IndexRow], config: ProcessingConfig, spec: ModelSpec)
 def _num_patches(
     media: list[MediaInfo],
     is_image: NDArray[np.bool_],
-    is_video: NDArray[np.bool_],
+    plans: dict[int, ClipPlan],
     config: ProcessingConfig,
     spec: ModelSpec,
 ) -> Int64Array:
     """Return int64 [media]: vision patches before the merge; 0 for sound."""
     height = np.array([max(info.height, 1) for info in media], dtype=np.int64)
     width = np.array([max(info.width, 1) for info in media], dtype=np.int64)
-    factor = spec.patch_size * spec.merge_size
     patches = np.zeros(len(media), dtype=np.int64)
-    for mask, low, high in (
-        (is_image, config.image_min_pixels, config.image_max_pixels),
-        (is_video, config.video_min_pixels, config.video_max_pixels),
-    ):
-        new_h, new_w = smart_resize_many(
-            height[mask], width[mask], factor=factor, min_pixels=low, max_pixels=high
-        )
-        patches[mask] = (new_h // spec.patch_size) * (new_w // spec.patch_size)
-    for i in np.flatnonzero(is_video):
-        num_frames = len(select_frames(media[i], config))
-        patches[i] *= -(-num_frames // spec.temporal_patch_size)
+    new_h, new_w = smart_resize_many(
+        height[is_image],
+        width[is_image],
+        factor=spec.patch_size * spec.merge_size,
+        min_pixels=config.image_min_pixels,
+        max_pixels=config.image_max_pixels,
+    )
+    patches[is_image] = (new_h // spec.patch_size) * (new_w // spec.patch_size)
+    for i, plan in plans.items():
+        area = (plan.height // spec.patch_size) * (plan.width // spec.patch_size)
+        patches[i] = area * -(-len(plan.frames) // spec.temporal_patch_size)
     return patches
 
 
-def _num_sound_frames(media: list[MediaInfo], is_video: NDArray[np.bool_]) -> Int64Array:
+def _num_sound_frames(media: list[MediaInfo], plans: dict[int, ClipPlan]) -> Int64Array:
     """Return int64 [media]: mel frames; 0 where there is no sound or it is left out."""
-    wanted = _flags(info.has_audio and info.use_audio for info in media)
-    samples = np.array([info.num_audio_samples for info in media], dtype=np.int64)
+    samples = np.array(
+        [
+            plans[i].num_audio_samples if i in plans else info.num_audio_samples
+            for i, info in enumerate(media)
+        ],
+        dtype=np.int64,
+    )
     rates = np.array([max(info.sample_rate_hz, 1) for info in media], dtype=np.int64)
-    frames = num_mel_frames(num_samples_16k(samples, rates))
-    return np.where(wanted, frames, 0)
+    return num_mel_frames(num_samples_16k(samples, rates))
 
 
 def _flags(values: Iterable[bool]) -> NDArray[np.bool_]:

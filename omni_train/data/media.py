@@ -1,6 +1,7 @@
 """Media from bytes: what a member holds (`probe`) and its contents, under caps.
 
     probe         bytes -> MediaInfo, by decoding everything once (offline, for the index)
+    probe_pictures  the same for a clip whose frames are pictures of their own
     decode_image  bytes -> uint8 [1, 3, H, W]
     decode_audio  bytes -> float32 [S], mono, 16 kHz; also of a clip's sound
     decode_video  bytes -> uint8 [N, 3, H, W], chosen frames
@@ -13,6 +14,7 @@ name: all input is bytes.
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import TypeVar
 
@@ -25,10 +27,18 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from omni_train.config.errors import DataError
-from omni_train.data.clip import check_sound_format, decode_clip_sound, decode_frames, probe_clip
+from omni_train.data.chatml import MediaPiece
+from omni_train.data.clip import (
+    check_sound_format,
+    decode_clip_sound,
+    decode_frames,
+    describe_pictures,
+    probe_clip,
+)
 from omni_train.data.container import check_wav
+from omni_train.data.image import resize
 from omni_train.data.types import MediaInfo, MediaKind
-from omni_train.data.video import MICROSECONDS
+from omni_train.data.video import MICROSECONDS, regular_times_us
 from omni_train.speech.mel import SAMPLE_RATE_HZ
 
 MAX_AUDIO_S = 3_600
@@ -79,6 +89,40 @@ def probe(data: bytes, member: str) -> MediaInfo:
     )
 
 
+def probe_pictures(piece: MediaPiece, media: Mapping[str, bytes]) -> MediaInfo:
+    """Decode a clip given as pictures once and return all facts about it but its places.
+
+    Its clock starts at 0, where its sound starts too.
+
+    Args:
+        piece: names the pictures, their times and the sound.
+        media: bytes by member name.
+
+    Raises:
+        DataError: `kind_mismatch`, `bad_header` where the sizes differ, and what `probe` finds.
+    """
+    infos = [probe(media[name], name) for name in piece.pictures]
+    first = infos[0]
+    for info in infos:
+        if info.kind is not MediaKind.image:
+            raise DataError("kind_mismatch", f"{info.member!r} is {info.kind.name}, not a picture")
+        if (info.width, info.height) != (first.width, first.height):
+            raise DataError("bad_header", f"{info.member!r} has another size than {first.member!r}")
+    times = np.rint(np.array(piece.times_s) * MICROSECONDS).astype(np.int64)
+    if not piece.times_s:
+        times = regular_times_us(len(infos), piece.fps)
+    clip = describe_pictures(first.member, times, piece.fps, size=(first.width, first.height))
+    if piece.sound:
+        sound = probe(media[piece.sound], piece.sound)
+        if sound.kind is not MediaKind.audio:
+            raise DataError("kind_mismatch", f"{piece.sound!r} is {sound.kind.name}, not sound")
+        clip.has_audio = True
+        clip.num_audio_samples = sound.num_audio_samples
+        clip.sample_rate_hz, clip.num_channels = sound.sample_rate_hz, sound.num_channels
+        clip.duration_us = max(clip.duration_us, sound.duration_us)
+    return clip
+
+
 def num_samples_16k(num_audio_samples: IntOrArray, sample_rate_hz: IntOrArray) -> IntOrArray:
     """Return the samples that `decode_audio` gives for so many at another rate: rounded, half up.
 
@@ -95,7 +139,7 @@ def decode_audio(data: bytes, info: MediaInfo) -> Tensor:
         DataError: `truncated` where less or more was decoded than declared, `stale_index` where the
             sample rate is another one, `empty_audio`, `non_finite`, and the container's own.
     """
-    if info.kind is MediaKind.video:
+    if info.kind is MediaKind.video and not info.parts:
         wave, rate_hz = decode_clip_sound(data)
         _check_wave(wave)
     else:
@@ -148,7 +192,22 @@ def decode_video(
     data: bytes, indices: list[int], info: MediaInfo, *, size: tuple[int, int] | None = None
 ) -> Tensor:
     """Return the chosen frames, uint8 [N, 3, H, W]; see `clip.decode_frames`."""
-    return decode_frames(data, indices, info, size=size)
+    return torch.cat(list(decode_frames(data, indices, info, size=size)))
+
+
+def decode_pictures(
+    pictures: Sequence[bytes], info: MediaInfo, *, size: tuple[int, int]
+) -> Iterator[Tensor]:
+    """Yield pictures of a clip resized to `size` (height, width), each uint8 [1, 3, H, W].
+
+    Raises:
+        DataError: `stale_index` where a picture has another size than the index says.
+    """
+    for data in pictures:
+        pixels = decode_image(data)
+        if (pixels.shape[3], pixels.shape[2]) != (info.width, info.height):
+            raise DataError("stale_index", f"a picture of the clip at {info.member} changed size")
+        yield resize(pixels, *size)
 
 
 def _read_sound(data: bytes) -> tuple[NDArray[np.float32], int, int]:

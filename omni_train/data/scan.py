@@ -2,7 +2,7 @@
 
 Done here: walking the tar's headers, grouping members into samples, refusing what a reader would
 lose or misread without a word, hashing and probing each member. Nothing is ever extracted; one
-member at a time is in memory. Not done here: storing rows (index.py).
+medium at a time is in memory. Not done here: storing rows (index.py).
 
     <key>.json      {"messages": [...], "task": ..., "language": ..., "speaker": ..., "source": ...}
     <key>.<member>  media that the messages name by <member>; other members are left alone
@@ -22,8 +22,8 @@ import xxhash
 
 from omni_train.config.errors import DataError
 from omni_train.data.chatml import MediaPiece, media_pieces
-from omni_train.data.media import probe
-from omni_train.data.types import IndexRow, MediaInfo
+from omni_train.data.media import probe, probe_pictures
+from omni_train.data.types import IndexRow, MediaInfo, MemberPlace
 
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _BLOCK = 512
@@ -177,23 +177,32 @@ def _index_sample(
         media=media,
         num_text_tokens=num_text_tokens,
         num_target_tokens=num_target_tokens,
-        **{name: _text(record, name) for name in ("task", "language", "speaker", "source")},
+        task=_text(record, "task"),
+        language=_text(record, "language"),
+        speaker=_text(record, "speaker"),
+        source=_text(record, "source"),
     )
 
 
 def _index_medium(file: BinaryIO, group: _Group, piece: MediaPiece) -> MediaInfo:
-    member = piece.member
-    place = group.members.get(member)
-    if place is None:
-        raise DataError("missing_member", f"the messages name {member!r}, which the tar lacks")
-    data = _read(file, place)
-    info = probe(data, member)
+    media, places = {}, []
+    for member in piece.members:
+        place = group.members.get(member)
+        if place is None:
+            raise DataError("missing_member", f"the messages name {member!r}, which the tar lacks")
+        media[member] = _read(file, place)
+        digest = xxhash.xxh3_64_hexdigest(media[member])
+        places.append(MemberPlace(member, place.offset, place.size, digest))
+    info = (
+        probe_pictures(piece, media) if piece.pictures else probe(media[piece.member], piece.member)
+    )
     if info.kind is not piece.kind:
         raise DataError(
-            "kind_mismatch", f"{member!r} is {info.kind.name}, the messages say {piece.kind.name}"
+            "kind_mismatch",
+            f"{piece.member!r} is {info.kind.name}, the messages say {piece.kind.name}",
         )
-    info.offset, info.size = place.offset, place.size
-    info.xxh3 = xxhash.xxh3_64_hexdigest(data)
+    info.offset, info.size, info.xxh3 = places[0].offset, places[0].size, places[0].xxh3
+    info.parts = places if piece.pictures else []
     info.use_audio = piece.audio_in_video is not False
     return info
 

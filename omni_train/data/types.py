@@ -16,10 +16,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from omni_train.config.errors import ConfigError
 
 IGNORE_INDEX = -100
 
@@ -32,13 +34,43 @@ class MediaKind(Enum):
     video = "video"
 
 
+class FrameRate(Enum):
+    """How many frames of a clip are used.
+
+    `fixed` takes `video_fps`; `budget` starts there and lowers it, then the frame size, until the
+    clip fits `video_max_tokens`.
+    """
+
+    fixed = "fixed"
+    budget = "budget"
+
+
+class SoundMismatch(Enum):
+    """What becomes of a clip whose sound and picture end apart by more than the tolerance."""
+
+    keep = "keep"
+    trim = "trim"
+    drop = "drop"
+
+
+@dataclass(slots=True)
+class MemberPlace:
+    """A member of a sample: its name, and where its bytes lie in the shard."""
+
+    member: str
+    offset: int = 0
+    size: int = 0
+    xxh3: str = ""
+
+
 @dataclass(slots=True)
 class MediaInfo:
     """What probing one member of a shard found. Times are integers in microseconds.
 
     Args:
         kind: what the member holds.
-        member: name inside the sample, without the key: `0.wav` for tar member `<key>.0.wav`.
+        member: name inside the sample, without the key: `0.wav` for tar member `<key>.0.wav`; of
+            a clip given as pictures the first one's.
         offset: byte offset of the member's data in the shard.
         size: number of bytes.
         xxh3: xxh3-64 of the bytes as 16 hex digits.
@@ -56,6 +88,8 @@ class MediaInfo:
         duration_us: of the whole medium, the longer of sound and picture; 0 for images.
         use_audio: False where the dialogue leaves the sound of a clip out (its item says
             `"audio_in_video": false`); not a fact of the file, so probing never sets it.
+        parts: members of a clip given as pictures, one for each frame, then its sound if it names
+            one; empty for a medium that is one member.
     """
 
     kind: MediaKind
@@ -77,6 +111,11 @@ class MediaInfo:
     num_channels: int = 0
     duration_us: int = 0
     use_audio: bool = True
+    parts: list[MemberPlace] = field(default_factory=list)
+
+    def places(self) -> list[MemberPlace]:
+        """Every member that the medium is read from."""
+        return self.parts or [MemberPlace(self.member, self.offset, self.size, self.xxh3)]
 
 
 @dataclass(slots=True)
@@ -92,6 +131,9 @@ class IndexRow:
             manifest carries.
         num_target_tokens: supervised ids among them.
         task, language, speaker, source: as the JSON member says; empty where it does not.
+        content_hash: xxh3-128 of media, texts and replies as 32 hex digits, the same for exact
+            duplicates; empty where quality was not measured.
+        quality: scores by name (`filters.QUALITY`); a score that does not apply is missing.
     """
 
     key: str
@@ -105,10 +147,11 @@ class IndexRow:
     language: str = ""
     speaker: str = ""
     source: str = ""
+    content_hash: str = ""
+    quality: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class SampleRef:
+class SampleRef(NamedTuple):
     """Where the plan's sample lies: number of the source, of its shard and of the row in it."""
 
     source: int
@@ -124,6 +167,7 @@ class PackSpec:
         samples: in the order in which they are packed.
         num_tokens: sum of the samples' tokens, at most the token budget.
         vision_cost, audio_cost, llm_cost: relative cost of each part (see `measure`).
+        source_tokens: tokens of each source, by its number.
     """
 
     samples: tuple[SampleRef, ...] = ()
@@ -131,6 +175,7 @@ class PackSpec:
     vision_cost: float = 0.0
     audio_cost: float = 0.0
     llm_cost: float = 0.0
+    source_tokens: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -295,13 +340,47 @@ class ProcessingConfig:
     Args:
         image_min_pixels, image_max_pixels: area of a picture after resizing.
         video_min_pixels, video_max_pixels: area of a frame after resizing.
-        video_fps: frames per second taken from a clip; a slower clip keeps all its frames.
-        video_max_frames: more frames than this are thinned evenly.
+        video_rate: whether a clip is taken at one rate or within a budget of tokens.
+        video_fps: frames per second taken from a clip at most; a slower clip keeps all its frames.
+        video_min_fps: with `budget`, the rate below which frames become smaller instead.
+        video_max_frames: a clip that would give more is taken at a lower rate.
+        video_max_tokens: vision tokens of one clip at most; only with `budget`, else 0.
+        av_mismatch: what becomes of a clip whose sound and picture end apart.
+        av_mismatch_tolerance_s: by how much they may end apart.
     """
 
     image_min_pixels: int = 4 * 28 * 28
     image_max_pixels: int = 16384 * 28 * 28
     video_min_pixels: int = 128 * 28 * 28
     video_max_pixels: int = 768 * 28 * 28
+    video_rate: FrameRate = FrameRate.fixed
     video_fps: float = 2.0
+    video_min_fps: float = 0.5
     video_max_frames: int = 768
+    video_max_tokens: int = 0
+    av_mismatch: SoundMismatch = SoundMismatch.keep
+    av_mismatch_tolerance_s: float = 0.5
+
+    def __post_init__(self) -> None:
+        if (self.video_max_tokens > 0) != (self.video_rate is FrameRate.budget):
+            raise ConfigError(
+                key="data.processing.video_max_tokens",
+                value=self.video_max_tokens,
+                rule="a budget of tokens belongs to video_rate=budget, and only to it",
+                remedy="set video_rate=budget and a positive video_max_tokens, or neither",
+            )
+        budget = self.video_rate is FrameRate.budget
+        if self.video_fps <= 0 or (budget and not 0 < self.video_min_fps <= self.video_fps):
+            raise ConfigError(
+                key="data.processing.video_fps",
+                value=self.video_fps,
+                rule="a rate is positive, and with video_rate=budget not below video_min_fps",
+                remedy=f"use at least {self.video_min_fps}",
+            )
+        if self.av_mismatch_tolerance_s < 0:
+            raise ConfigError(
+                key="data.processing.av_mismatch_tolerance_s",
+                value=self.av_mismatch_tolerance_s,
+                rule="a tolerance is not negative",
+                remedy="use 0 or more",
+            )

@@ -50,7 +50,7 @@ def save_checkpoint(
     engine: Engine,
     run: Run,
     *,
-    loader_state: dict[str, int],
+    loader_state: dict[str, int | str],
     metrics: dict[str, float],
     keep: int,
 ) -> Path:

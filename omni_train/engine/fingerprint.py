@@ -32,6 +32,9 @@ NOT_IDENTITY = (
     "fit.keep_checkpoints",
     "fit.max_skipped_steps",
     "cluster",
+    "data.num_workers",
+    "data.prefetch_packs",
+    "data.fetch",
 )
 _SECRET_NAME = re.compile(
     r"(^|_)(token|secret|password|passwd|api_?key|credentials?)(_|$)", re.IGNORECASE
@@ -74,7 +77,7 @@ class Identity:
                 if old.get(key) != new.get(key):
                     name = key if part == "config" else f"{part}.{key}"
                     differences[name] = f"{old.get(key)!r} -> {new.get(key)!r}"
-        refused = [key for key in differences if not any(_covers(a, key) for a in allow)]
+        refused = [key for key in differences if not any(is_covered(a, key) for a in allow)]
         if refused:
             raise ConfigError(
                 key="run.dir",
@@ -84,7 +87,8 @@ class Identity:
             )
 
 
-def _covers(allowed: str, key: str) -> bool:
+def is_covered(allowed: str, key: str) -> bool:
+    """Say whether `key` is `allowed` or lies below it."""
     return key == allowed or key.startswith(f"{allowed}.")
 
 
@@ -93,8 +97,8 @@ def identity_of(settings: object, data_hashes: Mapping[str, str]) -> Identity:
     project = Path(omni_train.__file__).parent.parent
     flat = {
         key: value
-        for key, value in _flatten(redact(plain(settings))).items()
-        if not any(_covers(free, key) for free in NOT_IDENTITY)
+        for key, value in flatten(redact(plain(settings))).items()
+        if not any(is_covered(free, key) for free in NOT_IDENTITY)
     }
     return Identity(flat, dict(data_hashes), _code_hashes(project), _versions(), _git_sha(project))
 
@@ -130,11 +134,12 @@ def _is_secret(key: str, item: object) -> bool:
     return isinstance(item, str) and _SECRET_NAME.search(key) is not None
 
 
-def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted key."""
     flat: dict[str, Any] = {}
     for key, item in value.items():
         if isinstance(item, dict) and item:
-            flat.update(_flatten(item, f"{prefix}{key}."))
+            flat.update(flatten(item, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = item
     return flat

@@ -68,6 +68,7 @@ def log_step(
         metrics=verdict.metrics,
         seconds={name: round(value, 6) for name, value in clock.seconds.items()},
         peak_rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        tokens_by_source=item.tokens_by_source,
         position={"epoch": item.epoch, "window": item.window, "step": item.step},
         num_samples=verdict.num_samples,
         keys=verdict.keys,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, Self
 
 import torch
@@ -37,26 +37,28 @@ class StepItem:
     Args:
         micro_batches: the same number on every rank.
         epoch, window, step: the plan's position of this global step.
+        tokens_by_source: planned tokens of the whole global step, the same on every rank.
     """
 
     micro_batches: Sequence[MicroBatch]
     epoch: int
     window: int
     step: int
+    tokens_by_source: dict[str, int] = field(default_factory=dict)
 
 
 class Loader(Protocol):
-    """Source of global steps whose whole state is a few numbers."""
+    """Source of global steps whose whole state is a few numbers and a fingerprint."""
 
     def steps(self) -> Iterable[StepItem]:
         """Yield one item per global step, starting at the current position."""
         ...
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, int | str]:
         """Return the position of the global step after the last one that `steps` yielded."""
         ...
 
-    def load_state(self, state: dict[str, int]) -> None:
+    def load_state(self, state: dict[str, int | str]) -> None:
         """Continue at a position that `state` returned, on any number of ranks."""
         ...
 

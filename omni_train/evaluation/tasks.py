@@ -15,7 +15,7 @@ from omni_train.config.errors import ConfigError
 from omni_train.data.chatml import split_reply
 from omni_train.data.encode import encode
 from omni_train.data.fetch import fetch
-from omni_train.data.loader import ShardSource
+from omni_train.data.source import ShardSet
 from omni_train.data.tokenizer import tokenizer_hash
 from omni_train.data.types import EncodedSample, ProcessingConfig
 from omni_train.engine.distributed import gather_json
@@ -75,7 +75,7 @@ def evaluate_task(
     Returns:
         The score, the same on every rank.
     """
-    source = ShardSource(name, task.path, processing, model.spec)
+    source = ShardSet(name, task.path)
     source.check_tokenizer(tokenizer_hash(tokenizer))
     places = [(s, row) for s, count in enumerate(source.counts) for row in range(count)]
     places = places[: task.limit or None]
@@ -87,7 +87,7 @@ def evaluate_task(
         prompts: list[EncodedSample] = []
         rows: list[dict[str, str]] = []
         for shard, row in batches[number]:
-            raw = fetch(source.path_of(shard), source.shard(shard)[0][row])
+            raw = fetch(source.path_of(shard), source.row(shard, row))
             prompt, reference = split_reply(raw.record["messages"])
             raw.record = {**raw.record, "messages": prompt}
             prompts.append(

@@ -44,17 +44,22 @@ def clip(
     rotation: int = 0,
     faststart: bool = False,
     hole_s: tuple[float, float] = (0.0, 0.0),
+    codec_options: dict[str, str] | None = None,
+    moving: bool = False,
 ) -> bytes:
     """Bytes of a clip; frame i is grey 20 * i with a bright left quarter.
 
     Sound inside `hole_s` is never written; what follows keeps its time. `faststart` puts the index
-    first, for which the muxer must read its own file again.
+    first, for which the muxer must read its own file again. With `moving`, noise moves a pixel a
+    frame, so that no two frames are alike.
     """
+    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     with tempfile.NamedTemporaryFile() as out:
         options = {"movflags": "faststart"} if faststart else {}
         with av.open(out.name, "w", format=container, options=options) as file:
-            clock = Fraction(1, VIDEO_CLOCK)
-            video = file.add_stream(video_codec, rate=30)
+            # MPEG-4 part 2 has no finer clock than 16 bits.
+            clock = Fraction(1, 30_000 if video_codec == "mpeg4" else VIDEO_CLOCK)
+            video = file.add_stream(video_codec, rate=30, options=codec_options or {})
             video.height, video.width, video.pix_fmt = *size, "yuv420p"
             video.codec_context.time_base = clock
             if rotation:
@@ -65,8 +70,10 @@ def clip(
             for number, seconds in enumerate(frame_times_s):
                 pixels = np.full((*size, 3), number * 20 % 220, np.uint8)
                 pixels[:, : size[1] // 4] = 250
+                if moving:
+                    pixels = np.roll(noise, number, axis=1)
                 frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-                frame.pts, frame.time_base = round(seconds * VIDEO_CLOCK), clock
+                frame.pts, frame.time_base = round(seconds / clock), clock
                 file.mux(video.encode(frame))
             file.mux(video.encode(None))
             if sound is not None:

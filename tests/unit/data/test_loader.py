@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from omni_train.config.errors import ConfigError, DataError
 from omni_train.data.config import DataConfig, SourceConfig
 from omni_train.data.encode import encode
 from omni_train.data.fetch import fetch
-from omni_train.data.loader import PlannedLoader, ShardSource, source_hashes
+from omni_train.data.loader import PlannedLoader, source_hashes
+from omni_train.data.measure import measure
+from omni_train.data.skiplist import write_skip_list
+from omni_train.data.source import ShardSource
 from omni_train.data.tokenizer import load_tokenizer
 from omni_train.data.types import ModelSpec, ProcessingConfig
 from omni_train.engine.types import StepItem
@@ -50,15 +55,18 @@ def make_loader(
     names = settings.pop("names", ("asr", "caption", "av"))
     tokenizer = load_tokenizer(corpus / "tokenizer")
     sources = {n: SourceConfig(path=str((root or corpus / "train") / n)) for n in names}
+    allow = settings.pop("resume_allow", ())
     values = {"pack_tokens": 512, "global_batch_packs": 4, "num_workers": 0, **settings}
+    values.setdefault("processing", PROCESSING)
     return PlannedLoader(
-        DataConfig(sources=sources, processing=PROCESSING, **values),
+        DataConfig(sources=sources, **values),
         tokenizer=tokenizer,
         spec=spec_of(tokenizer),
         rank=rank,
         world_size=world_size,
         seed=3,
         ledger=ledger or Ledger(),
+        resume_allow=allow,
     )
 
 
@@ -72,10 +80,16 @@ def test_measure_equals_encode_on_every_sample_of_the_corpus(corpus: Path) -> No
     checked = 0
     for split in ("train", "heldout"):
         for name in SUBSETS:
-            source = ShardSource(name, str(corpus / split / name), PROCESSING, spec)
+            sources = {name: SourceConfig(path=str(corpus / split / name))}
+            config = DataConfig(sources=sources, processing=PROCESSING)
+            source = ShardSource(name, config, spec, tokenizer)
             for shard in range(len(source.counts)):
-                rows, costs = source.shard(shard)
-                for row, tokens in zip(rows, costs.num_tokens.tolist(), strict=True):
+                costs = source.costs(shard)
+                again = measure(source.rows(shard), PROCESSING, spec)
+                for field in dataclasses.fields(again):
+                    of_columns, of_rows = getattr(costs, field.name), getattr(again, field.name)
+                    np.testing.assert_array_equal(of_columns, of_rows)
+                for row, tokens in zip(source.rows(shard), costs.num_tokens.tolist(), strict=True):
                     raw = fetch(source.path_of(shard), row)
                     assert encode(raw, tokenizer, PROCESSING, spec).num_tokens == tokens, row.key
                     checked += 1
@@ -105,7 +119,40 @@ def test_resume_continues_exactly(corpus: Path, num_workers: int) -> None:
     resumed.load_state(state)
     got = islice(resumed.steps(), 4)
     assert [[b.input_ids.tolist() for b in item.micro_batches] for item in got] == wanted
-    assert set(state) == {"epoch", "window", "step"}
+    assert set(state) == {"epoch", "window", "step", "fingerprint"}
+
+
+def test_a_state_of_other_data_mixture_or_processing_is_refused(
+    corpus: Path, tmp_path: Path
+) -> None:
+    state = make_loader(corpus).state()
+    make_loader(corpus, num_workers=2, max_bad_share=0.5).load_state(state)
+    with pytest.raises(ConfigError, match=r"data\.pack_tokens: 512 -> 600"):
+        make_loader(corpus, pack_tokens=600).load_state(state)
+    with pytest.raises(ConfigError, match=r"data\.sources\.av\.weight: 1\.0 -> None"):
+        make_loader(corpus, names=("asr", "caption")).load_state(state)
+    processing = dataclasses.replace(PROCESSING, video_fps=2.0)
+    with pytest.raises(ConfigError, match=r"data\.processing\.video_fps: 4\.0 -> 2\.0"):
+        make_loader(corpus, processing=processing).load_state(state)
+    make_loader(corpus, processing=processing, resume_allow=["data.processing"]).load_state(state)
+    for name in ("asr", "caption", "av"):
+        shutil.copytree(corpus / "train" / name, tmp_path / name)
+    make_loader(corpus, root=tmp_path).load_state(state)
+    key = make_loader(corpus).sources[0].row(0, 0).key
+    write_skip_list(tmp_path / "asr", {"shard-000000.tar": {key: "noise"}})
+    with pytest.raises(ConfigError, match=r"data\.asr: '\w+' -> '\w+'"):
+        make_loader(corpus, root=tmp_path).load_state(state)
+
+
+def test_tokens_by_source_are_those_of_the_global_step(corpus: Path) -> None:
+    ranks = [make_loader(corpus, rank=r, world_size=2).steps() for r in range(2)]
+    for _ in range(3):
+        items = [next(rank) for rank in ranks]
+        assert items[0].tokens_by_source == items[1].tokens_by_source
+        batches = [batch for item in items for batch in item.micro_batches]
+        tokens = sum(batch.num_tokens for batch in batches if batch.keys)
+        assert sum(items[0].tokens_by_source.values()) == tokens
+        assert set(items[0].tokens_by_source) == {"asr", "caption", "av"}
 
 
 def test_an_epoch_of_one_source_delivers_every_sample_once(corpus: Path) -> None:
@@ -115,7 +162,7 @@ def test_an_epoch_of_one_source_delivers_every_sample_once(corpus: Path) -> None
         if item.epoch == 1:
             break
         seen += keys(item)
-    assert sorted(seen) == sorted({row.key for row in loader.sources[0].shard(0)[0]})
+    assert sorted(seen) == sorted({row.key for row in loader.sources[0].rows(0)})
 
 
 def test_a_sample_over_the_budget_is_reported_and_never_cut(corpus: Path) -> None:
@@ -133,7 +180,7 @@ def test_a_damaged_sample_leaves_its_pack_shorter_and_is_named(
     shutil.copytree(corpus / "train" / "asr", tmp_path / "asr")
     whole = [keys(item) for item in islice(make_loader(corpus, names=("asr",)).steps(), 3)]
     loader = make_loader(corpus, names=("asr",), root=tmp_path)
-    row = next(r for r in loader.sources[0].shard(0)[0] if r.key == whole[1][0])
+    row = next(r for r in loader.sources[0].rows(0) if r.key == whole[1][0])
     tar = tmp_path / "asr" / "shard-000000.tar"
     data = bytearray(tar.read_bytes())
     data[row.media[0].offset + 100] ^= 1

@@ -1,0 +1,120 @@
+"""Paired timing and the table that every benchmark prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+
+PAIRS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One comparison, median of the pairs.
+
+    Args:
+        name: what is done.
+        ours, peer: in `unit`.
+        unit: `ms` (less is better) or a rate (more is better).
+        ratio: how many times better ours is; median over the pairs.
+        low, high: range of that ratio.
+        goal: the least ratio that is accepted; 0 where the row is only shown.
+    """
+
+    name: str
+    ours: float
+    peer: float
+    unit: str
+    ratio: float
+    low: float
+    high: float
+    goal: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the goal is met."""
+        return self.ratio >= self.goal
+
+
+def compare(
+    name: str,
+    ours: Callable[[], object],
+    peer: Callable[[], object],
+    *,
+    goal: float,
+    pairs: int = PAIRS,
+    items: int = 0,
+) -> Row:
+    """Time both sides in turn and return the row; each runs once before, untimed.
+
+    Args:
+        name: of the row.
+        ours, peer: do the same work once.
+        goal: least ratio.
+        pairs: timed pairs, of which the median counts.
+        items: things handled by one call, to show a rate; 0 shows milliseconds.
+    """
+    ours()
+    peer()
+    times: list[tuple[float, float]] = [(_seconds(ours), _seconds(peer)) for _ in range(pairs)]
+    ratios = [theirs / mine for mine, theirs in times]
+    mine, theirs = (statistics.median(side) for side in zip(*times, strict=True))
+    if items:
+        mine, theirs, unit = items / mine, items / theirs, "1/s"
+    else:
+        mine, theirs, unit = mine * 1e3, theirs * 1e3, "ms"
+    return Row(name, mine, theirs, unit, statistics.median(ratios), min(ratios), max(ratios), goal)
+
+
+def mean_row(name: str, rows: list[Row], goal: float) -> Row:
+    """Return the plain mean of the rows' ratios as a row of its own."""
+    ratio, low, high = (
+        statistics.mean(getattr(row, field) for row in rows) for field in ("ratio", "low", "high")
+    )
+    return Row(name, 0.0, 0.0, "", ratio, low, high, goal)
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser with the options that all benchmarks share."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    made.add_argument("--pairs", type=int, default=PAIRS, help="timed pairs a row")
+    return made
+
+
+def show(rows: list[Row], packages: tuple[str, ...], notes: list[str], *, as_json: bool) -> int:
+    """Print rows, notes and versions; return the exit status, 1 where a goal is missed."""
+    versions = {name: version(name) for name in packages}
+    if as_json:
+        record = {
+            "rows": [{**asdict(row), "pass": row.passed} for row in rows],
+            "notes": notes,
+            "versions": versions,
+        }
+        sys.stdout.write(json.dumps(record, indent=2) + "\n")
+    else:
+        head = f"{'row':34} {'ours':>10} {'peer':>10} {'':4} {'ratio':>7} {'range':>15} {'goal':>5}"
+        lines = [head]
+        for row in rows:
+            spread = f"{row.low:.2f} - {row.high:.2f}"
+            verdict = "" if not row.goal else "pass" if row.passed else "MISSED"
+            lines.append(
+                f"{row.name:34} {row.ours:10.2f} {row.peer:10.2f} {row.unit:4} {row.ratio:7.2f} "
+                f"{spread:>15} {row.goal:5.1f} {verdict}"
+            )
+        lines += [f"note: {note}" for note in notes]
+        lines.append(", ".join(f"{name} {found}" for name, found in versions.items()))
+        sys.stdout.write("\n".join(lines) + "\n")
+    return 0 if all(row.passed for row in rows) else 1
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

@@ -1,0 +1,231 @@
+"""One set of shards as the plan sees it: columns shard by shard, rows where they are fetched.
+
+Memory holds the shards that are shuffled together, not the set.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
+
+from omni_train.config.errors import ConfigError, DataError
+from omni_train.data.chatml import count_text_tokens
+from omni_train.data.columns import MEASURED_COLUMNS, measure_table
+from omni_train.data.config import DataConfig
+from omni_train.data.fetch import read_member
+from omni_train.data.filters import Counted, FilterConfig, count, decide
+from omni_train.data.index import index_path, read_manifest, read_table, rows_of
+from omni_train.data.measure import Costs, measure
+from omni_train.data.plan import join_costs, token_slice
+from omni_train.data.skiplist import read_skip_list
+from omni_train.data.split import Part, can_split, part_row, split_recording
+from omni_train.data.stores import FetchConfig, open_root
+from omni_train.data.types import IndexRow, ModelSpec
+
+# Shards whose tokens are counted at the start; of more, evenly spaced ones stand for the others.
+MAX_COUNTED_SHARDS = 256
+SKIP_LISTED = "skip_list"
+
+
+class ShardSet:
+    """A set of shards with its index, read shard by shard.
+
+    Args:
+        name: of the source or task, for messages.
+        path: directory or URL with `manifest.json`.
+        fetch: how remote shards are read.
+        cached_shards: indexes that are kept in memory.
+    """
+
+    def __init__(
+        self, name: str, path: str, fetch: FetchConfig | None = None, *, cached_shards: int = 64
+    ) -> None:
+        self.name = name
+        self.root = open_root(path, fetch)
+        self.manifest = read_manifest(self.root)
+        self.counts = [shard.num_samples for shard in self.manifest.shards]
+        self.num_samples = sum(self.counts)
+        self.table = lru_cache(maxsize=cached_shards)(self._table)
+
+    def check_tokenizer(self, expected: str) -> None:
+        """Refuse an index whose text token counts belong to another tokenizer."""
+        if self.manifest.tokenizer_hash != expected:
+            raise ConfigError(
+                key=f"data.sources.{self.name}.path",
+                value=self.root.location,
+                rule=f"its index counts tokens with tokenizer {self.manifest.tokenizer_hash}, "
+                f"the run's is {expected}",
+                remedy="index the shards again with this tokenizer: omni-train data index",
+            )
+
+    def path_of(self, number: int) -> str:
+        """Path or URL of a shard's tar file."""
+        return self.root.url_of(self.manifest.shards[number].name)
+
+    def row(self, shard: int, row: int) -> IndexRow:
+        """One row of a shard's index."""
+        return rows_of(self.table(shard).slice(row, 1))[0]
+
+    def rows(self, shard: int) -> list[IndexRow]:
+        """All rows of a shard's index."""
+        return rows_of(self.table(shard))
+
+    def _table(self, number: int, columns: Sequence[str] | None = None) -> pa.Table:
+        shard = self.manifest.shards[number]
+        url = self.root.url_of(index_path(shard.name).name)
+        return read_table(url, xxh3=shard.index_xxh3, store=self.root.store, columns=columns)
+
+
+class ShardSource(ShardSet):
+    """A set of shards as an endless stream of samples, measured, without those left out.
+
+    Args:
+        name: of the source.
+        config: path, processing, filters, token budget.
+        spec: the model's sizes and ids.
+        tokenizer: counts the text of parts of long recordings.
+
+    Rows from the shard's number of samples on are parts of recordings over the budget.
+
+    Raises:
+        DataError: manifest, index or skip list cannot be read.
+    """
+
+    def __init__(
+        self, name: str, config: DataConfig, spec: ModelSpec, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        # Two groups: a window may begin in one and end in the next.
+        cached = 2 * config.shuffle_shards
+        super().__init__(name, config.sources[name].path, config.fetch, cached_shards=cached)
+        self._config, self._spec, self._tokenizer = config, spec, tokenizer
+        self.costs = lru_cache(maxsize=cached)(self._costs)
+        self.parts = lru_cache(maxsize=cached)(self._parts)
+        self._dropped, self.left_out = self._decide()
+        self.totals, self.mean_tokens = self._count_tokens()
+        self.epoch_tokens = sum(self.totals)
+
+    def window(
+        self, start: int, stop: int, *, seed: tuple[int, ...]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], Costs]:
+        """Samples of tokens `start..stop` of the endless stream: int64 shard, row, and costs."""
+        shard, row = token_slice(
+            self.totals,
+            start,
+            stop,
+            seed=seed,
+            shuffle_shards=self._config.shuffle_shards,
+            tokens_of=self._stream_tokens,
+        )
+        costs = Costs(
+            num_tokens=np.empty(len(row), np.int64),
+            vision_cost=np.empty(len(row)),
+            audio_cost=np.empty(len(row)),
+            llm_cost=np.empty(len(row)),
+        )
+        for number in np.unique(shard).tolist():
+            here, of_shard = shard == number, self.costs(number)
+            costs.num_tokens[here] = of_shard.num_tokens[row[here]]
+            costs.vision_cost[here] = of_shard.vision_cost[row[here]]
+            costs.audio_cost[here] = of_shard.audio_cost[row[here]]
+            costs.llm_cost[here] = of_shard.llm_cost[row[here]]
+        return shard, row, costs
+
+    def place(self, shard: int, row: int) -> tuple[IndexRow, Part | None]:
+        """The index row to fetch, and which part of it the sample is."""
+        if row < self.counts[shard]:
+            return self.row(shard, row), None
+        whole, part = self.parts(shard)[row - self.counts[shard]]
+        return self.row(shard, whole), part
+
+    def _costs(self, number: int) -> Costs:
+        def rows(numbers: list[int]) -> list[IndexRow]:
+            return rows_of(self.table(number).take(numbers))
+
+        table = self._table(number, MEASURED_COLUMNS)
+        costs = measure_table(table, self._config.processing, self._spec, rows)
+        if not np.any(costs.num_tokens > self._config.pack_tokens):
+            return costs
+        parts = [part_row(self.row(number, row), part) for row, part in self._cut(number, costs)]
+        return join_costs([costs, measure(parts, self._config.processing, self._spec)])
+
+    def _parts(self, number: int) -> list[tuple[int, Part]]:
+        return self._cut(number, self.costs(number))
+
+    def _cut(self, number: int, costs: Costs) -> list[tuple[int, Part]]:
+        """Parts of the recordings over the budget that may be split, with their rows."""
+        budget = self._config.pack_tokens
+        found: list[tuple[int, Part]] = []
+        for number_of_row in np.flatnonzero(costs.num_tokens[: self.counts[number]] > budget):
+            row = self.row(number, int(number_of_row))
+            if not can_split(row):
+                continue
+            place = (row.json_offset, row.json_size, row.json_xxh3)
+            try:
+                record = json.loads(read_member(self.path_of(number), *place, self.root.store))
+                parts = split_recording(record, row, budget, self._count_text)
+            except (DataError, ValueError):
+                # It stays over the budget, and the plan reports it so.
+                continue
+            found += [(int(number_of_row), part) for part in parts]
+        return found
+
+    def _count_text(self, messages: Sequence[Mapping[str, Any]]) -> int:
+        return count_text_tokens(messages, self._tokenizer)[0]
+
+    def _stream_tokens(self, number: int) -> NDArray[np.int64]:
+        """Length of each sample in the stream: 0 if left out, 1 if the plan will refuse it."""
+        tokens = self.costs(number).num_tokens
+        tokens = np.where(tokens > self._config.pack_tokens, 1, tokens)
+        whole = np.array([row for row, _ in self.parts(number)], dtype=np.int64)
+        tokens[whole] = 0
+        if number in self._dropped:
+            gone = self._dropped[number]
+            tokens[gone] = 0
+            tokens[self.counts[number] :][np.isin(whole, gone)] = 0
+        return tokens
+
+    def _decide(self) -> tuple[dict[int, NDArray[np.int64]], dict[str, Counted]]:
+        """Rows left out by filters and by the skip list, by shard; how many and why."""
+        skip = read_skip_list(self._config.sources[self.name].path)
+        filters = self._config.filters
+        filtered = filters != FilterConfig()
+        dropped: dict[int, NDArray[np.int64]] = {}
+        samples: Counter[str] = Counter()
+        hours: Counter[str] = Counter()
+        seen: set[str] = set()
+        for number, shard in enumerate(self.manifest.shards):
+            if not filtered and not skip.get(shard.name):
+                continue
+            rows = self.rows(number)
+            named = skip.get(shard.name, {})
+            kept = [row for row in rows if row.key not in named]
+            by_filter = iter(decide(kept, filters, seen=seen))
+            reasons = [SKIP_LISTED if row.key in named else next(by_filter) for row in rows]
+            dropped[number] = np.flatnonzero([reason != "" for reason in reasons])
+            for reason, counted in count(rows, reasons).items():
+                samples[reason] += counted.samples
+                hours[reason] += counted.hours  # type: ignore[assignment]
+        left_out = {r: Counted(samples[r], hours[r]) for r in sorted(samples) if r}
+        return dropped, left_out
+
+    def _count_tokens(self) -> tuple[list[int], float]:
+        """Stream tokens of each shard, and the mean of a used sample."""
+        stride = -(-len(self.counts) // MAX_COUNTED_SHARDS)
+        counted: dict[int, int] = {}
+        used = rows = 0
+        for number in range(0, len(self.counts), stride):
+            tokens = self._stream_tokens(number)
+            counted[number] = int(tokens.sum())
+            used += int(np.count_nonzero(tokens))
+            rows += self.counts[number]
+        per_row = sum(counted.values()) / max(rows, 1)
+        totals = [counted.get(n, round(per_row * size)) for n, size in enumerate(self.counts)]
+        return totals, sum(counted.values()) / max(used, 1)
