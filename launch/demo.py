@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from launch.data import make_corpus
 from launch.demo_report import print_summary, summarise, write_summary
@@ -114,11 +115,11 @@ def run_demo(*, quick: bool, fresh: bool = False, name: str | None = None) -> in
         shutil.rmtree(root / stage.name, ignore_errors=True)
     started = time.monotonic()
     columns = (
-        TextColumn("{task.description:<26}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:>5.0f}"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.description}", table_column=Column(min_width=23, no_wrap=True)),
+        BarColumn(bar_width=10),
+        TextColumn("{task.completed:.0f}", table_column=Column(min_width=4, justify="right")),
+        TimeElapsedColumn(table_column=Column(min_width=7)),
+        TextColumn("{task.fields[detail]}", table_column=Column(no_wrap=True)),
     )
     with Progress(*columns, console=console, refresh_per_second=4) as progress:
         code = _make_corpus(root, progress, quick=quick)
@@ -151,7 +152,8 @@ def _make_corpus(root: Path, progress: Progress, *, quick: bool) -> int:
         return code
     facts = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
     kept = [name for name, voice in facts["voices"].items() if voice["kept"]]
-    progress.update(task, total=1, completed=1, detail=f"{len(kept)} voices: {', '.join(kept)}")
+    detail = f"{len(kept)} of {len(facts['voices'])} voices understood"
+    progress.update(task, total=1, completed=1, detail=detail)
     return 0
 
 
