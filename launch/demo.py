@@ -25,7 +25,7 @@ from launch.demo_report import print_summary, summarise, write_summary
 from launch.local import run_recipe
 from launch.stages import REPO
 from omni_train.engine.exit_codes import ExitCode
-from omni_train.tracking.events import read_jsonl
+from omni_train.tracking.events import read_new
 
 RANKS = 2
 ZERO_STAGE = 3
@@ -64,7 +64,7 @@ STAGES = (
 
 @dataclass(slots=True)
 class _Follower:
-    """Shows a running stage as one line, from its event log."""
+    """Shows a running stage as one line, from what is new in its event log."""
 
     stage: Stage
     run_dir: Path
@@ -76,13 +76,10 @@ class _Follower:
     def __call__(self) -> None:
         if self.task is None:
             self.task = self.progress.add_task(self.stage.name, total=None, detail="starting")
-        path = self.run_dir / "events.jsonl"
-        size = path.stat().st_size if path.exists() else 0
-        if size == self.seen:
+        events, self.seen = read_new(self.run_dir / "events.jsonl", self.seen)
+        if not events:
             return
-        self.seen = size
-        for event in read_jsonl(path):
-            self.shown[event["kind"]] = event
+        self.shown |= {event["kind"]: event for event in events}
         if "step" in self.shown:
             last = self.shown["step"]
             total = self.shown.get("fit_start", {}).get("max_steps")
