@@ -105,7 +105,7 @@ class ToyLoader:
         self.position = state["step"]
 
     def count_bad(self, bad: Sequence[tuple[str, str, str, str]], *, num_samples: int) -> None:
-        assert not bad, bad
+        assert all(source == "toy" for source, *_ in bad), bad
 
 
 def toy_step(model: nn.Module, batch: ToyBatch) -> StepOutput:
