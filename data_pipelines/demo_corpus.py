@@ -72,7 +72,7 @@ class SubsetConfig:
 def _default_subsets() -> dict[str, SubsetConfig]:
     return {
         "text": SubsetConfig(train=3000, heldout=200),
-        "asr": SubsetConfig(train=1500, heldout=120),
+        "asr": SubsetConfig(train=4000, heldout=120),
         "caption": SubsetConfig(train=4000, heldout=120),
         "av": SubsetConfig(train=200, heldout=48),
         "dialogue": SubsetConfig(train=150, heldout=40),

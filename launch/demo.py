@@ -18,13 +18,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from launch.data import make_corpus
 from launch.demo_report import print_summary, summarise, write_summary
 from launch.local import run_recipe
 from launch.stages import REPO
 from omni_train.engine.exit_codes import ExitCode
-from omni_train.tracking.events import read_jsonl
+from omni_train.tracking.events import read_new
 
 RANKS = 2
 ZERO_STAGE = 3
@@ -63,7 +64,7 @@ STAGES = (
 
 @dataclass(slots=True)
 class _Follower:
-    """Shows a running stage as one line, from its event log."""
+    """Shows a running stage as one line, from what is new in its event log."""
 
     stage: Stage
     run_dir: Path
@@ -75,13 +76,10 @@ class _Follower:
     def __call__(self) -> None:
         if self.task is None:
             self.task = self.progress.add_task(self.stage.name, total=None, detail="starting")
-        path = self.run_dir / "events.jsonl"
-        size = path.stat().st_size if path.exists() else 0
-        if size == self.seen:
+        events, self.seen = read_new(self.run_dir / "events.jsonl", self.seen)
+        if not events:
             return
-        self.seen = size
-        for event in read_jsonl(path):
-            self.shown[event["kind"]] = event
+        self.shown |= {event["kind"]: event for event in events}
         if "step" in self.shown:
             last = self.shown["step"]
             total = self.shown.get("fit_start", {}).get("max_steps")
@@ -114,11 +112,11 @@ def run_demo(*, quick: bool, fresh: bool = False, name: str | None = None) -> in
         shutil.rmtree(root / stage.name, ignore_errors=True)
     started = time.monotonic()
     columns = (
-        TextColumn("{task.description:<26}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:>5.0f}"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.description}", table_column=Column(min_width=23, no_wrap=True)),
+        BarColumn(bar_width=10),
+        TextColumn("{task.completed:.0f}", table_column=Column(min_width=4, justify="right")),
+        TimeElapsedColumn(table_column=Column(min_width=7)),
+        TextColumn("{task.fields[detail]}", table_column=Column(no_wrap=True)),
     )
     with Progress(*columns, console=console, refresh_per_second=4) as progress:
         code = _make_corpus(root, progress, quick=quick)
@@ -151,7 +149,8 @@ def _make_corpus(root: Path, progress: Progress, *, quick: bool) -> int:
         return code
     facts = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
     kept = [name for name, voice in facts["voices"].items() if voice["kept"]]
-    progress.update(task, total=1, completed=1, detail=f"{len(kept)} voices: {', '.join(kept)}")
+    detail = f"{len(kept)} of {len(facts['voices'])} voices understood"
+    progress.update(task, total=1, completed=1, detail=detail)
     return 0
 
 

@@ -154,9 +154,9 @@ def print_summary(console: Console, summary: dict[str, Any], root: Path, *, quic
             stage["name"],
             str(stage["steps"]),
             f"{stage['seconds']:.0f}",
-            f"{stage['loss_first']:.3f} -> {stage['loss_last']:.3f}",
-            "unchanged" if stage["frozen_unchanged"] else "CHANGED",
-            "changed" if stage["trained_changed"] else "UNCHANGED",
+            f"{stage['loss_first']:.2f} -> {stage['loss_last']:.2f}",
+            "same" if stage["frozen_unchanged"] else "CHANGED",
+            "changed" if stage["trained_changed"] else "SAME",
         )
     console.print(table)
     metrics = summary["metrics"]

@@ -77,7 +77,7 @@ def child_environment(*, ranks: int = 1) -> dict[str, str]:
             "OMP_NUM_THREADS": "1" if ranks > 1 else str(os.cpu_count() or 1),
             "OMP_WAIT_POLICY": "passive",
         }
-    # DeepSpeed looks ninja up on PATH when it compiles its CPU communication op.
+    # DeepSpeed looks ninja up on PATH when it compiles an op for a GPU.
     environment["PATH"] = os.pathsep.join(
         [str(Path(sys.executable).parent), environment.get("PATH", os.defpath)]
     )

@@ -13,24 +13,21 @@ The two towers are trained apart from each other on the frozen LLM, in each the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 from omegaconf import DictConfig, OmegaConf
 
 from omni_train.config.recipe import recipe_main
-from omni_train.data.config import DataConfig
+from omni_train.config.stage import StageConfig
 from omni_train.data.loader import build_loader, source_hashes
 from omni_train.data.tokenizer import load_tokenizer
-from omni_train.engine.deepspeed import DeepSpeedConfig, build_engine
-from omni_train.engine.fit import FitConfig, fit
-from omni_train.engine.optim import OptimConfig
-from omni_train.engine.run import RunConfig, start_run
-from omni_train.models.build import build_for_training
-from omni_train.models.config import ModelConfig
-from omni_train.models.groups import select_groups
+from omni_train.engine.deepspeed import build_engine
+from omni_train.engine.fit import fit
+from omni_train.engine.run import start_run
+from omni_train.models.build import build_for_training, format_build_report
+from omni_train.models.groups import format_group_table, select_groups
 from omni_train.objectives.next_token import next_token
-from omni_train.tracking.config import TrackingConfig
 
 
 class Phase(Enum):
@@ -47,17 +44,10 @@ TRAINED = {
 
 
 @dataclass(kw_only=True, slots=True)
-class Stage1AudioConfig:
+class Stage1AudioConfig(StageConfig):
     """Root config of `stage1_audio`."""
 
     phase: Phase
-    run: RunConfig
-    model: ModelConfig
-    data: DataConfig
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
-    fit: FitConfig
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
 @recipe_main(Stage1AudioConfig, "stage1_audio")
@@ -76,6 +66,7 @@ def main(raw: DictConfig) -> None:
         tokenizer = load_tokenizer(cfg.model.tokenizer)
         model = build_for_training(cfg.model, tokenizer, cfg.deepspeed, seed=cfg.run.seed)
         groups = select_groups(model, cfg.optim, trained=TRAINED[cfg.phase])
+        run.say(format_build_report(model.report), format_group_table(groups))
         loader = build_loader(cfg.data, tokenizer, model.spec, run)
         engine = build_engine(model, groups, cfg.optim, cfg.deepspeed)
         fit(engine, loader, next_token, cfg.fit, run)

@@ -18,7 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from omegaconf import DictConfig
@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 from omni_train.config.errors import ConfigError, DataError
 from omni_train.config.load import CONF_DIR, compose_config, to_typed
 from omni_train.config.register import Root, Validate, register_root
-from omni_train.engine.exit_codes import ExitCode, RunError, exit_code_of
+from omni_train.engine.exit_codes import ExitCode, RunError, exit_code_of, leave
 
 Main = Callable[[DictConfig], None]
 
@@ -62,11 +62,27 @@ def recipe_main(
                 check_arguments(root, sys.argv[1:], conf_dir)
             except Exception as error:  # noqa: BLE001  ends the process
                 end_with(error)
-            application()
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                _run_as_rank(application)
+            else:
+                application()
 
         return start
 
     return decorate
+
+
+def _run_as_rank(application: Callable[[], None]) -> NoReturn:
+    """Run a rank to its end; the run directory is closed before `main` returns."""
+    code = 0
+    try:
+        application()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:  # noqa: BLE001  ends the process
+        traceback.print_exc()
+        code = int(ExitCode.bug)
+    leave(code)
 
 
 def world_size() -> int:

@@ -112,6 +112,12 @@ class Run:
             stamp = {"kind": kind, "time": round(time.time(), 3), "elapsed_s": elapsed}
             self._events.write({**stamp, **fields})
 
+    def say(self, *texts: str) -> None:
+        """Log texts of one or more lines; ranks other than 0 may call it and stay silent."""
+        if self.is_main:
+            for text in texts:
+                log.info("%s", text)
+
     def ledger(self, *, source: str, shard: str, key: str, reason: str) -> None:
         """Record a sample that was planned but not used; ranks other than 0 write nothing."""
         if self._ledger is not None:

@@ -27,6 +27,7 @@ from omni_train.engine.deepspeed import (
     build_engine,
 )
 from omni_train.engine.distributed import World, init_distributed
+from omni_train.engine.exit_codes import leave
 from omni_train.engine.optim import OptimConfig
 from omni_train.engine.run import RunConfig, start_run
 from omni_train.models.build import build_for_training, build_thinker
@@ -151,3 +152,4 @@ def main(result: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(0)

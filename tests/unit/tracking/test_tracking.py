@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from omni_train.tracking.events import JsonlWriter, read_jsonl, read_steps
+from omni_train.tracking.events import JsonlWriter, read_jsonl, read_new, read_steps
 from omni_train.tracking.wandb_view import flatten, write_wandb
 
 
@@ -61,3 +61,20 @@ def test_offline_wandb_run_holds_the_events_and_no_secret(tmp_path: Path, monkey
         assert word in content, word
     assert canary.encode() not in b"".join(p.read_bytes() for p in home.rglob("*") if p.is_file())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["events.jsonl", "wandb"]
+
+
+def test_following_a_log_gives_each_whole_line_once(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    assert read_new(path, 0) == ([], 0)
+    writer = JsonlWriter(path)
+    writer.write({"a": 1})
+    first, offset = read_new(path, 0)
+    assert first == [{"a": 1}]
+    with path.open("ab") as file:
+        file.write(b'{"a": 2')
+    assert read_new(path, offset) == ([], offset)
+    with path.open("ab") as file:
+        file.write(b'}\n{"a": 3}\n')
+    second, offset = read_new(path, offset)
+    assert second == [{"a": 2}, {"a": 3}]
+    assert read_new(path, offset) == ([], path.stat().st_size)
