@@ -155,16 +155,15 @@ def _in_slots(times: Int64Array, count: int) -> Int64Array:
 
 
 def _whole_patches(chosen: Int64Array, num_frames: int, deep: int) -> Int64Array:
-    """Return the choice with whole temporal patches: latest unused frames added, else some left.
+    """Return the choice with whole temporal patches, by adding the latest unused frames.
 
-    Only a clip with fewer frames than one patch keeps a part of one; the encoder repeats its last.
+    Where there are none, the encoder repeats the last frame: leaving frames out would lose what a
+    slow clip shows at its end, which the reply may speak of.
     """
     if missing := -len(chosen) % deep:
         unused = np.setdiff1d(np.arange(num_frames), chosen)
         if len(unused) >= missing:
             return np.union1d(chosen, unused[-missing:])
-        if len(chosen) > deep:
-            return chosen[: len(chosen) // deep * deep]
     return chosen
 
 

@@ -84,7 +84,9 @@ class _Handler(BaseHTTPRequestHandler):
         if start >= len(data):
             return self._answer(416, b"")
         shift = 7 if fault == "wrong_range" else 0
-        return self._send(206, data[start:stop], f"bytes {start + shift}-{stop - 1}/{len(data)}", fault)
+        return self._send(
+            206, data[start:stop], f"bytes {start + shift}-{stop - 1}/{len(data)}", fault
+        )
 
     def _send(self, status: int, body: bytes, content_range: str, fault: str) -> None:
         if fault == "wrong":

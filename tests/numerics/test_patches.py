@@ -70,7 +70,7 @@ SMALL_SIZES = [(20, 30), (30, 20), (41, 47), (17, 160), (55, 56)]
 
 @pytest.mark.parametrize("kind", ["smooth", "noise", "extremes"])
 @pytest.mark.parametrize(("height", "width"), SIZES + SMALL_SIZES)
-def test_patches_within_two_steps_of_the_pil_processor(height, width, kind):
+def test_patches_within_one_step_of_the_pil_processor(height, width, kind):
     pixels = picture(height, width, kind)
     _, expected, grid = reference(pixels)
     size = smart_resize(height, width, factor=28, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
@@ -81,10 +81,7 @@ def test_patches_within_two_steps_of_the_pil_processor(height, width, kind):
     assert our_grid == tuple(grid)
     assert patches.dtype == torch.uint8
     assert patches.shape == expected.shape
-    difference = np.abs(patches.numpy() - expected)
-    # torch rounds its filter weights to 16 bits, Pillow to 22: two steps at most, and seldom one.
-    assert difference.max() <= 2 + 1e-3
-    assert (difference > 0.5).mean() < 0.02
+    assert np.abs(patches.numpy() - expected).max() <= 1 + 1e-3
 
 
 @pytest.mark.parametrize(("old", "new"), [((500, 500), (504, 504)), ((97, 131), (364, 504))])
@@ -92,9 +89,7 @@ def test_worst_case_enlarging(old, new):
     pixels = picture(*old, "extremes", seed=3)
     expected = np.array(Image.fromarray(pixels).resize(new[::-1], Image.Resampling.BICUBIC))
     ours = resize(to_frames(pixels), *new)[0].permute(1, 2, 0).numpy()
-    difference = np.abs(ours.astype(int) - expected.astype(int))
-    assert difference.max() <= 2
-    assert (difference > 1).mean() < 1e-3
+    assert np.abs(ours.astype(int) - expected.astype(int)).max() <= 1
 
 
 def test_normalised_patches_equal_pixel_values():
