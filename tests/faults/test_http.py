@@ -1,4 +1,4 @@
-"""An object store that fails in every way it can: samples arrive or have a reason, nothing hangs."""
+"""An object store that fails in every way: samples arrive or have a reason, nothing hangs."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_every_sample_arrives_or_is_in_the_ledger(server: FaultServer, tmp_path:
     assert time.monotonic() - started < 20
     assert delivered.isdisjoint(ledger)
     assert delivered | set(ledger) == {key for key, _ in original}
-    # Two wrong answers in a row, or four without a byte, may lose some of the shards that are there.
+    # Two wrong answers in a row, or four without a byte, may lose some of the existing shards.
     assert len(delivered) >= 55
     assert sum(reason == "missing_shard" for reason in ledger.values()) == 30
     assert set(ledger.values()) <= {"missing_shard", "hash_mismatch", "unreachable"}

@@ -117,7 +117,8 @@ def test_a_clip_with_sound(shown: dict[str, Timeline]) -> None:
         assert kinds == [TokenKind.video] * block.num_video + [TokenKind.audio] * block.num_audio
         assert block.end_s - block.start_s == 2.0
     assert sum(b.num_audio for b in view.blocks) == len(view.sound_times_s)
-    assert len(view.frames) == 2 * view.grid[0]
+    # An odd last frame fills its patch alone.
+    assert -(-len(view.frames) // 2) == view.grid[0]
     assert np.allclose(
         view.patch_times_s, [time for time, _ in view.frames[::2]], atol=timeline.token_s
     )
