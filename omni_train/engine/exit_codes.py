@@ -60,7 +60,7 @@ def exit_code_of(error: BaseException) -> ExitCode:
 def leave(code: int) -> NoReturn:
     """End a rank's process without the interpreter's own teardown.
 
-    With DeepSpeed imported, that teardown ended finished ranks in std::terminate (10 of 40 launches
+    With DeepSpeed imported, that teardown ended finished ranks in std::terminate (15 of 40 launches
     with torch 2.13 on CPU, none without DeepSpeed), and torchrun then fails a run that was done.
     """
     logging.shutdown()
