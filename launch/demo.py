@@ -28,7 +28,6 @@ from omni_train.engine.exit_codes import ExitCode
 from omni_train.tracking.events import read_new
 
 RANKS = 2
-ZERO_STAGE = 3
 # The name becomes a path and a Hydra value.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _NEEDED = ("espeakng_loader", "pocketsphinx")
@@ -130,8 +129,6 @@ def run_demo(*, quick: bool, fresh: bool = False, name: str | None = None) -> in
         root,
         stages=[stage.name for stage in STAGES if stage.recipe != "evaluate"],
         evaluations=[stage.name for stage in STAGES if stage.recipe == "evaluate"],
-        ranks=RANKS,
-        zero_stage=ZERO_STAGE,
         seconds=time.monotonic() - started,
     )
     write_summary(root, summary)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -73,8 +74,6 @@ def summarise(
     *,
     stages: list[str],
     evaluations: list[str],
-    ranks: int,
-    zero_stage: int,
     seconds: float,
 ) -> dict[str, Any]:
     """Return the content of `summary.json`.
@@ -83,7 +82,6 @@ def summarise(
         root: directory of the demo.
         stages: run directories of training stages, in order.
         evaluations: run directories of evaluations.
-        ranks, zero_stage: how the stages ran.
         seconds: of the whole command.
     """
     results = [stage_result(root / name) for name in stages]
@@ -97,10 +95,12 @@ def summarise(
     }
     corpus = json.loads((root / "corpus" / "corpus.json").read_text(encoding="utf-8"))
     start = next(e for e in read_jsonl(root / stages[0] / "events.jsonl") if "versions" in e)
+    resolved = yaml.safe_load((root / stages[0] / "resolved.yaml").read_text(encoding="utf-8"))
     return {
         "seconds": round(seconds, 1),
-        "ranks": ranks,
-        "zero_stage": zero_stage,
+        "ranks": start["ranks"],
+        "zero_stage": resolved["deepspeed"]["zero_stage"],
+        "precision": resolved["deepspeed"]["precision"],
         "versions": start["versions"],
         "stages": [asdict(result) for result in results],
         "metrics": {
@@ -145,7 +145,8 @@ def failures(summary: dict[str, Any], *, quick: bool) -> list[str]:
 
 def print_summary(console: Console, summary: dict[str, Any], root: Path, *, quick: bool) -> int:
     """Print the final tables and return the exit code."""
-    title = f"{summary['ranks']} ranks, ZeRO-{summary['zero_stage']}, bf16, CPU"
+    ranks, zero, precision = (summary[key] for key in ("ranks", "zero_stage", "precision"))
+    title = f"{ranks} ranks, ZeRO-{zero}, {precision}, CPU"
     table = Table(title=title, box=SIMPLE)
     for name in ("stage", "steps", "seconds", "loss", "frozen", "trained"):
         table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
