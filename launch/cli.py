@@ -59,6 +59,7 @@ def _add_checks(add: Add) -> None:
     demo.add_argument("--quick", action="store_true", help="few steps, structural checks only")
     demo.add_argument("--fresh", action="store_true", help="train anew instead of continuing")
     demo.add_argument("--name", help="directory under runs/; the default is demo or demo-quick")
+    demo.add_argument("--seed", type=int, help="of corpus, split and weights; another world")
     test = add(
         "test",
         "Check formatting, lint, types and tests; with pytest arguments, run pytest alone.",
@@ -167,7 +168,7 @@ def _fail(message: str) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from launch.demo import run_demo
 
-    return run_demo(quick=args.quick, fresh=args.fresh, name=args.name)
+    return run_demo(quick=args.quick, fresh=args.fresh, name=args.name, seed=args.seed)
 
 
 def _stages(args: argparse.Namespace) -> int:

@@ -90,20 +90,25 @@ class _Follower:
             self.progress.update(self.task, total=1, completed=1, detail=detail)
 
 
-def run_demo(*, quick: bool, fresh: bool = False, name: str | None = None) -> int:
+def run_demo(
+    *, quick: bool, fresh: bool = False, name: str | None = None, seed: int | None = None
+) -> int:
     """Run the demo and return the exit code; `summary.json` holds the figures.
 
     Args:
         quick: few steps on a small corpus, and only the structural checks.
         fresh: remove what an earlier demo trained; its corpus is kept where it still fits.
-        name: directory under `runs/`; `demo` or `demo-quick` where it is None.
+        name: directory under `runs/`; where it is None, `demo` or `demo-quick`, and the seed.
+        seed: of the corpus, its split into train and held-out, and the weights; None is 0, on
+            whose held-out content the settings were chosen.
     """
     console = Console()
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         console.print(f"the demo needs {', '.join(missing)}: pip install 'omni-train[demo]'")
         return int(ExitCode.missing_input)
-    root = REPO / "runs" / (name or ("demo-quick" if quick else "demo"))
+    usual = ("demo-quick" if quick else "demo") + ("" if seed is None else f"-seed{seed}")
+    root = REPO / "runs" / (name or usual)
     if not _NAME.fullmatch(root.name):
         console.print(f"--name={name}: letters, digits, . _ and - make a name")
         return int(ExitCode.usage)
@@ -118,9 +123,9 @@ def run_demo(*, quick: bool, fresh: bool = False, name: str | None = None) -> in
         TextColumn("{task.fields[detail]}", table_column=Column(no_wrap=True)),
     )
     with Progress(*columns, console=console, refresh_per_second=4) as progress:
-        code = _make_corpus(root, progress, quick=quick)
+        code = _make_corpus(root, progress, quick=quick, seed=seed)
         for stage in STAGES if code == 0 else ():
-            code = _run_stage(stage, root, progress, quick=quick)
+            code = _run_stage(stage, root, progress, quick=quick, seed=seed)
             if code != 0:
                 break
     if code != 0:
@@ -135,12 +140,12 @@ def run_demo(*, quick: bool, fresh: bool = False, name: str | None = None) -> in
     return print_summary(console, summary, root, quick=quick)
 
 
-def _make_corpus(root: Path, progress: Progress, *, quick: bool) -> int:
+def _make_corpus(root: Path, progress: Progress, *, quick: bool, seed: int | None) -> int:
     """Generate the corpus, or find it finished."""
     task = progress.add_task("corpus", total=None, detail="speech, pictures, clips, text")
     folder, log = root / "corpus", root / "corpus.log"
     root.mkdir(parents=True, exist_ok=True)
-    code = make_corpus(folder, seed=None, quick=quick, log=log)
+    code = make_corpus(folder, seed=seed, quick=quick, log=log)
     if code != 0:
         progress.console.print(log.read_text(encoding="utf-8", errors="replace")[-2000:])
         return code
@@ -151,20 +156,24 @@ def _make_corpus(root: Path, progress: Progress, *, quick: bool) -> int:
     return 0
 
 
-def overrides_of(stage: Stage, root: Path, *, quick: bool) -> list[str]:
+def overrides_of(stage: Stage, root: Path, *, quick: bool, seed: int | None) -> list[str]:
     """Return what a stage's command line says; the directory is known by the experiment's name."""
     overrides = [f"experiment=demo/{stage.name}", f"run.experiment={root.name}"]
     if quick and stage.quick_steps:
         overrides.append(f"fit.max_steps={stage.quick_steps}")
+    if seed is not None:
+        overrides.append(f"run.seed={seed}")
     return overrides
 
 
-def _run_stage(stage: Stage, root: Path, progress: Progress, *, quick: bool) -> int:
+def _run_stage(
+    stage: Stage, root: Path, progress: Progress, *, quick: bool, seed: int | None
+) -> int:
     run_dir = root / stage.name
     follow = _Follower(stage, run_dir, progress)
     code = run_recipe(
         stage.recipe,
-        overrides_of(stage, root, quick=quick),
+        overrides_of(stage, root, quick=quick, seed=seed),
         ranks=RANKS,
         run_dir=run_dir,
         follow=follow,
