@@ -106,7 +106,7 @@ def show(rows: list[Row], packages: tuple[str, ...], notes: list[str], *, as_jso
             verdict = "" if not row.goal else "pass" if row.passed else "MISSED"
             lines.append(
                 f"{row.name:34} {row.ours:10.2f} {row.peer:10.2f} {row.unit:4} {row.ratio:7.2f} "
-                f"{spread:>15} {row.goal:5.1f} {verdict}"
+                f"{spread:>15} {row.goal:5.2f} {verdict}"
             )
         lines += [f"note: {note}" for note in notes]
         lines.append(", ".join(f"{name} {found}" for name, found in versions.items()))

@@ -101,6 +101,36 @@ def test_packs_hold_every_sample_within_the_budget(tokens: list[int], kinds: int
     assert all((pack == pack[giant]).sum() == 1 for giant in giants)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    large=st.lists(st.integers(501, 1200), min_size=1, max_size=20),
+    small=st.lists(st.integers(1, 200), max_size=60),
+    kinds=st.integers(1, 3),
+)
+def test_no_rank_waits_for_company_of_a_giant(
+    large: list[int], small: list[int], kinds: int
+) -> None:
+    """Giants of every kind: alone, or with what fits beside them; what fits nowhere is reported."""
+    length = np.array(large + small)
+    kind = np.arange(len(length)) % (kinds + 1)
+    costs = Costs(
+        num_tokens=length,
+        vision_cost=np.where(kind == 1, length * 0.4, 0.0),
+        audio_cost=np.where(kind == 2, length * 0.2, 0.0),
+        llm_cost=length * (1 + length / 1000.0),
+    )
+    refs = [SampleRef(0, 0, n) for n in range(len(length))]
+    plan = plan_window(refs, costs, pack_tokens=1000, packs_per_step=4, seed=(0,))
+    assert [ref.row for ref in plan.over_budget] == np.flatnonzero(length > 1000).tolist()
+    packs = [pack for step in plan.steps for pack in step]
+    placed = sorted(ref.row for pack in packs for ref in pack.samples)
+    assert placed == np.flatnonzero(length <= 1000).tolist()
+    for pack in packs:
+        assert pack.num_tokens <= 1000
+        longest = max(int(length[ref.row]) for ref in pack.samples)
+        assert len(pack.samples) == 1 or longest < GIANT_SHARE * 1000
+
+
 def test_packs_are_full_where_no_small_sample_fills_the_gaps() -> None:
     """Halves: a second sample fits to the token, or not at all."""
     length = np.full(200, 4096)
