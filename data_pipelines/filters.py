@@ -12,11 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import soundfile
 import xxhash
 from numpy.typing import NDArray
 
-from omni_train.data.media import decode_audio
+from omni_train.data.media import SoundInOrder, decode_audio
 from omni_train.data.types import IndexRow, MediaInfo, MediaKind
 from omni_train.data.video import MICROSECONDS
 from omni_train.speech.mel import SAMPLE_RATE_HZ
@@ -140,8 +139,8 @@ def _blocks(data: bytes, info: MediaInfo) -> Iterator[tuple[NDArray[np.float32],
     if info.kind is MediaKind.video and not info.parts:
         yield decode_audio(data, info).numpy()[:, None], SAMPLE_RATE_HZ
         return
-    with soundfile.SoundFile(io.BytesIO(data)) as file:
+    with SoundInOrder(io.BytesIO(data)) as file:
         rate_hz = int(file.samplerate)
-        size = (rate_hz // _WINDOWS_PER_SECOND) * _WINDOWS_PER_SECOND * 60
-        for block in file.blocks(blocksize=max(size, 1), dtype="float32", always_2d=True):
+        size = max((rate_hz // _WINDOWS_PER_SECOND) * _WINDOWS_PER_SECOND * 60, 1)
+        while len(block := file.read(size, dtype="float32", always_2d=True)):
             yield block, rate_hz

@@ -117,15 +117,16 @@ def collect_info(roots: Sequence[str | Path], encoding: Encoding) -> Info:
     """Sum up sets.
 
     Raises:
-        FileNotFoundError, DataError, ConfigError: as `lint.open_set` and `read_index` do.
+        FileNotFoundError, DataError, ConfigError, RunError: as `lint.open_set` and `read_index` do.
     """
     info = Info()
     lengths: list[NDArray[np.int64]] = []
-    for root in map(Path, roots):
-        manifest = open_set(root, encoding.tokenizer)
+    for path in roots:
+        root, manifest = open_set(path, encoding.tokenizer)
         skip = read_skip_list(root)
         for shard in manifest.shards:
-            rows = read_index(index_path(root / shard.name))
+            url = root.url_of(index_path(shard.name).name)
+            rows = read_index(url, xxh3=shard.index_xxh3, store=root.store)
             tokens = measure(rows, encoding.config, encoding.spec).num_tokens
             lengths.append(tokens)
             skipped = skip.get(shard.name, {})

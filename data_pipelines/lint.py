@@ -5,7 +5,8 @@
 A problem has a reason code: the one that training would write into its ledger, or one of the
 set's own: `shard_hash_mismatch`, `index_hash_mismatch`, `missing_shard`, `wrong_count` (rows
 against the manifest), `wrong_tokens` (encode against measure), `duplicate_key`, `worker_died`.
-Nothing is changed but `lint.json`; fix.py makes a skip list of it.
+Nothing is changed but `lint.json`; fix.py makes a skip list of it. A set in an object store is read
+through `Store`; its report goes to a local file, if to any.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -23,6 +26,8 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
 from data_pipelines.lint_pool import check_all
+from data_pipelines.merge import REJECTED
+from data_pipelines.prepare import FOLDER
 from omni_train.config.errors import ConfigError, DataError
 from omni_train.data.encode import encode
 from omni_train.data.fetch import fetch
@@ -38,12 +43,16 @@ from omni_train.data.index import (
 )
 from omni_train.data.measure import measure
 from omni_train.data.skiplist import SKIP_NAME, read_skip_list
+from omni_train.data.stores import Root, open_root
 from omni_train.data.tokenizer import tokenizer_hash
 from omni_train.data.types import IndexRow, ModelSpec, ProcessingConfig
 
 LINT_NAME = "lint.json"
 SCHEMA_VERSION = 1
 _ROWS_PER_TASK = 32
+_HASH_BLOCK = 1 << 23
+# What `data prepare` leaves beside the shards, on a cluster too.
+_OF_PREPARE = ("part-*-of-*.json", "prepare.sbatch", "slurm-*.log")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +85,23 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Some rows of one shard; the first task of a shard carries `info` and checks the hashes."""
+    """Some rows of one shard; the first task of a shard carries `info` and checks the hashes.
 
-    shard: Path
+    Args:
+        root: of the set.
+        shard: name of the tar.
+        rows: to check.
+        info: the shard's entry in the manifest.
+    """
+
+    root: Root
+    shard: str
     rows: tuple[IndexRow, ...]
     info: ShardInfo | None = None
 
     def split(self) -> list[Task]:
         """One task per sample, to find the one that ends its process."""
-        pieces = [Task(self.shard, (row,)) for row in self.rows] or [Task(self.shard, ())]
+        pieces = [replace(self, rows=(row,), info=None) for row in self.rows] or [self]
         return [replace(pieces[0], info=self.info), *pieces[1:]]
 
 
@@ -133,21 +150,25 @@ class LintReport:
         }
 
 
-def lint_set(root: str | Path, encoding: Encoding, *, num_workers: int) -> LintReport:
-    """Check a whole set, show progress on stderr, write `lint.json` beside it.
+def lint_set(
+    path: str | Path, encoding: Encoding, *, num_workers: int, report_path: Path | None = None
+) -> LintReport:
+    """Check a whole set, show progress on stderr, write the report.
 
     Args:
-        root: directory with a manifest.
+        path: directory or URL with a manifest.
         encoding: must have the tokenizer that the index counts with.
         num_workers: processes; 0 checks in this one.
+        report_path: of the report; None means `lint.json` in the set's directory, and for a set in
+            a store that nothing is written.
 
     Raises:
         FileNotFoundError: there is no such directory.
         DataError: the manifest or the skip list cannot be read.
         ConfigError: another tokenizer, or a negative number of processes.
+        RunError: a URL of a scheme that is not read.
     """
-    root = Path(root)
-    manifest = open_set(root, encoding.tokenizer)
+    root, manifest = open_set(path, encoding.tokenizer)
     if num_workers < 0:
         raise ConfigError(
             key="--workers", value=num_workers, rule="a number of processes", remedy="use 0 or more"
@@ -162,51 +183,54 @@ def lint_set(root: str | Path, encoding: Encoding, *, num_workers: int) -> LintR
             problems += found
             progress.advance(bar, len(task.rows))
     report = LintReport(
-        manifest_xxh3=hash_file(root / MANIFEST_NAME),
+        manifest_xxh3=xxhash.xxh3_64_hexdigest(root.read_all(MANIFEST_NAME)),
         num_shards=len(manifest.shards),
         num_samples=manifest.num_samples,
         problems=_mark_skipped(problems, skip),
-        unknown_files=_unknown_files(root, manifest),
+        unknown_files=_unknown_files(root.folder, manifest) if root.folder else [],
     )
-    text = json.dumps(report.as_dict(), indent=1) + "\n"
-    write_atomically(root / LINT_NAME, text.encode())
+    if report_path is None and root.folder:
+        report_path = root.folder / LINT_NAME
+    if report_path:
+        write_atomically(report_path, (json.dumps(report.as_dict(), indent=1) + "\n").encode())
     return report
 
 
-def open_set(root: Path, tokenizer: PreTrainedTokenizerFast) -> Manifest:
-    """Read a set's manifest and refuse one whose text was counted with another tokenizer."""
-    if not root.is_dir():
-        raise FileNotFoundError(f"there is no directory {root}")
+def open_set(path: str | Path, tokenizer: PreTrainedTokenizerFast) -> tuple[Root, Manifest]:
+    """Return a set and its manifest; refuse one whose text was counted with another tokenizer."""
+    root = open_root(path)
+    if root.folder and not root.folder.is_dir():
+        raise FileNotFoundError(f"there is no directory {root.folder}")
     manifest = read_manifest(root)
     found = tokenizer_hash(tokenizer)
     if manifest.tokenizer_hash != found:
         raise ConfigError(
             key="--tokenizer",
             value=tokenizer.name_or_path,
-            rule=f"{root} counts tokens with tokenizer {manifest.tokenizer_hash}, this is {found}",
+            rule=f"{path} counts tokens with tokenizer {manifest.tokenizer_hash}, this is {found}",
             remedy="give that tokenizer, or index the shards again: omni-train data index",
         )
-    return manifest
+    return root, manifest
 
 
 def check_task(task: Task, encoding: Encoding) -> list[Problem]:
     """Verify one task's hashes and encode its samples."""
-    problems = [] if task.info is None else _check_files(task.shard, task.info)
+    url = task.root.url_of(task.shard)
+    problems = [] if task.info is None else _check_files(task.root, task.info)
     promised = measure(task.rows, encoding.config, encoding.spec).num_tokens.tolist()
     for row, num_tokens in zip(task.rows, promised, strict=True):
         try:
-            sample = encode(
-                fetch(task.shard, row), encoding.tokenizer, encoding.config, encoding.spec
-            )
+            raw = fetch(url, row, task.root.store)
+            sample = encode(raw, encoding.tokenizer, encoding.config, encoding.spec)
         except DataError as error:
-            problems.append(Problem(task.shard.name, row.key, error.reason, error.detail))
+            problems.append(Problem(task.shard, row.key, error.reason, error.detail))
             continue
         except Exception as error:
-            error.add_note(f"while checking {task.shard.name}:{row.key}")
+            error.add_note(f"while checking {task.shard}:{row.key}")
             raise
         if sample.num_tokens != num_tokens:
             detail = f"encoding gives {sample.num_tokens} tokens, the index promises {num_tokens}"
-            problems.append(Problem(task.shard.name, row.key, "wrong_tokens", detail))
+            problems.append(Problem(task.shard, row.key, "wrong_tokens", detail))
     return problems
 
 
@@ -214,17 +238,16 @@ def _died(task: Task) -> list[Problem]:
     """What is said of a sample that ended its process."""
     key = task.rows[0].key if task.rows else ""
     detail = "the process that read it ended at once: a decoder crashed or memory ran out"
-    return [Problem(task.shard.name, key, "worker_died", detail)]
+    return [Problem(task.shard, key, "worker_died", detail)]
 
 
-def _tasks(root: Path, manifest: Manifest, problems: list[Problem]) -> Iterator[Task]:
+def _tasks(root: Root, manifest: Manifest, problems: list[Problem]) -> Iterator[Task]:
     """Work for all shards, one index in memory at a time; adds what indexes show to `problems`."""
     seen: dict[str, str] = {}
     for info in manifest.shards:
-        path = root / info.name
         rows: list[IndexRow] = []
         try:
-            rows = read_index(index_path(path))
+            rows = read_index(root.url_of(index_path(info.name).name), store=root.store)
         except DataError as error:
             problems.append(Problem(info.name, "", error.reason, error.detail))
         else:
@@ -236,27 +259,54 @@ def _tasks(root: Path, manifest: Manifest, problems: list[Problem]) -> Iterator[
             if first != info.name:
                 detail = f"{first} has a sample of this key too"
                 problems.append(Problem(info.name, row.key, "duplicate_key", detail))
-        yield Task(path, tuple(rows[:_ROWS_PER_TASK]), info)
+        yield Task(root, info.name, tuple(rows[:_ROWS_PER_TASK]), info)
         for start in range(_ROWS_PER_TASK, len(rows), _ROWS_PER_TASK):
-            yield Task(path, tuple(rows[start : start + _ROWS_PER_TASK]))
+            yield Task(root, info.name, tuple(rows[start : start + _ROWS_PER_TASK]))
 
 
-def _check_files(path: Path, info: ShardInfo) -> list[Problem]:
+def _check_files(root: Root, info: ShardInfo) -> list[Problem]:
+    """Compare a tar and its index with the manifest's hashes."""
     problems: list[Problem] = []
-    if not path.is_file():
-        return [Problem(info.name, "", "missing_shard", f"no tar at {path}")]
-    found = hash_file(path)
-    if found != info.xxh3:
-        detail = (
-            f"{path.stat().st_size} bytes with hash {found}, "
-            f"the manifest has {info.bytes} with {info.xxh3}"
-        )
+    try:
+        found, size = _hash_of(root, info)
+    except DataError as error:
+        return [Problem(info.name, "", error.reason, error.detail)]
+    if (found, size) != (info.xxh3, info.bytes):
+        detail = f"{size} bytes with hash {found}, the manifest has {info.bytes} with {info.xxh3}"
         problems.append(Problem(info.name, "", "shard_hash_mismatch", detail))
-    index = index_path(path)
-    if index.is_file() and (found := hash_file(index)) != info.index_xxh3:
+    try:
+        index = root.read_all(index_path(info.name).name)
+    except DataError:
+        return problems  # reading its rows has said so
+    if (found := xxhash.xxh3_64_hexdigest(index)) != info.index_xxh3:
         detail = f"the index has hash {found}, the manifest {info.index_xxh3}"
         problems.append(Problem(info.name, "", "index_hash_mismatch", detail))
     return problems
+
+
+def _hash_of(root: Root, info: ShardInfo) -> tuple[str, int]:
+    """Return hash and size of a tar, read block by block; of one in a store, no more than that.
+
+    A tar in a store that is longer than the manifest says counts as one byte longer.
+    """
+    if root.folder:
+        path = root.folder / info.name
+        if not path.is_file():
+            raise DataError("missing_shard", f"no tar at {path}")
+        return hash_file(path), path.stat().st_size
+    digest, size = xxhash.xxh3_64(), 0
+    url = root.url_of(info.name)
+    try:
+        for size in range(0, info.bytes, _HASH_BLOCK):
+            block = min(_HASH_BLOCK, info.bytes - size)
+            digest.update(root.store.read_range(url, size, block))
+        size = info.bytes
+        root.store.read_range(url, size, 1)
+        size += 1
+    except DataError as error:
+        if error.reason != "truncated":
+            raise
+    return str(digest.hexdigest()), size
 
 
 def _mark_skipped(problems: list[Problem], skip: dict[str, dict[str, str]]) -> list[Problem]:
@@ -283,10 +333,11 @@ def _mark_skipped(problems: list[Problem], skip: dict[str, dict[str, str]]) -> l
 
 
 def _unknown_files(root: Path, manifest: Manifest) -> list[str]:
-    known = {MANIFEST_NAME, LINT_NAME, SKIP_NAME}
+    known = {MANIFEST_NAME, LINT_NAME, SKIP_NAME, FOLDER, REJECTED}
     for info in manifest.shards:
         known |= {info.name, index_path(info.name).name}
-    return sorted(path.name for path in root.iterdir() if path.name not in known)
+    names = {path.name for path in root.iterdir()} - known
+    return sorted(name for name in names if not any(fnmatch(name, own) for own in _OF_PREPARE))
 
 
 def _progress(console: Console) -> Progress:
@@ -300,8 +351,10 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def print_report(root: str | Path, report: LintReport, console: Console) -> None:
-    """Print the counts by reason and what to do next."""
+def print_report(
+    root: str | Path, report: LintReport, console: Console, *, written: Path | None
+) -> None:
+    """Print the counts by reason and what to do next; `written` is where the report lies."""
     checked = f"{report.num_samples:,} samples in {report.num_shards:,} shards of {root}"
     if not report.problems:
         console.print(f"{checked}: clean", markup=False, highlight=False)
@@ -325,8 +378,9 @@ def print_report(root: str | Path, report: LintReport, console: Console) -> None
                 Text(place),
             )
         console.print(table)
-        console.print(f"every one of them: {Path(root) / LINT_NAME}", markup=False, highlight=False)
-    if report.failed:
+        all_of_them = written or "nowhere; use --report FILE or --json"
+        console.print(f"every one of them: {all_of_them}", markup=False, highlight=False)
+    if report.failed and written:
         console.print(f"to leave them out: omni-train data fix {root}", markup=False)
     for name in report.unknown_files:
         console.print(f"not in the manifest: {name}", markup=False, highlight=False)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.prepare import FOLDER, SETTINGS, Part, chunk_record
+from data_pipelines.prepare import CHUNK_FIELDS, FOLDER, SETTINGS, Part, chunk_record, read_record
 from omni_train.config.errors import DataError
 from omni_train.data.index import Manifest, ShardInfo, write_atomically, write_manifest
 
@@ -42,12 +42,12 @@ def merge(out_dir: Path) -> Merged:
     missing = [f"{number:06d}" for number in numbers if not chunk_record(out_dir, number).is_file()]
     if missing:
         raise FileNotFoundError(f"{out_dir / FOLDER} lacks the chunks {', '.join(missing[:10])}")
-    records = [json.loads(chunk_record(out_dir, number).read_bytes()) for number in numbers]
+    records = [read_record(chunk_record(out_dir, number), *CHUNK_FIELDS) for number in numbers]
     rows: list[dict[str, Any]] = [row for record in records for row in record["rejected"]]
     lines = [json.dumps(row, ensure_ascii=True) + "\n" for row in rows]
     write_atomically(out_dir / REJECTED, "".join(lines).encode())
     shards = tuple(ShardInfo(**record["shard"]) for record in records if record["shard"])
-    settings = json.loads((out_dir / FOLDER / SETTINGS).read_bytes())
+    settings = read_record(out_dir / FOLDER / SETTINGS, "tokenizer_hash")
     manifest = Manifest(tokenizer_hash=settings["tokenizer_hash"], shards=shards)
     write_manifest(out_dir, manifest)
     reasons = Counter(row["reason"] for row in rows)
@@ -74,7 +74,8 @@ def _all_chunks(out_dir: Path) -> range:
 
 def _same_count(out_dir: Path, of: int) -> range:
     paths = [out_dir / Part(number, of).file_name for number in range(of)]
-    counts = {path.name: json.loads(path.read_bytes())["num_chunks"] for path in paths}
+    counts = {path.name: read_record(path, "num_chunks")["num_chunks"] for path in paths}
     if len(set(counts.values())) != 1:
-        raise DataError("part_mismatch", f"the parts saw different sources: chunks {counts}")
+        remedy = "run all of them again on the same source"
+        raise DataError("part_mismatch", f"the parts saw different sources: {counts}; {remedy}")
     return range(next(iter(counts.values())))

@@ -28,18 +28,18 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from data_pipelines.prompts import find_tag
-from data_pipelines.shards import Sample, index_tar, write_tar
+from data_pipelines.shards import Sample, index_tar, measured_rows, write_tar
 from data_pipelines.sources.base import Draft, Rejected, SourceOptions
 from data_pipelines.sources.open import open_source
 from omni_train.config.errors import ConfigError, DataError
 from omni_train.data.chatml import count_text_tokens
 from omni_train.data.index import hash_file, index_path, write_atomically
-from omni_train.data.scan import index_shard
 from omni_train.data.tokenizer import load_tokenizer, tokenizer_hash
 
 PREPARE_VERSION = 1
 FOLDER = "prepare"
 SETTINGS = "settings.json"
+CHUNK_FIELDS = ("inputs", "shard", "rejected")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +105,10 @@ def prepare(
         DataError: the source cannot be read at all.
         FileNotFoundError: there is no such source.
     """
+    if num_workers < 0:
+        raise ConfigError(
+            key="--workers", value=num_workers, rule="a number of processes", remedy="use 0 or more"
+        )
     source = open_source(job.source)
     _claim(job, num_rows=source.num_rows)
     numbers = list(range(part.number, source.num_chunks, part.of))
@@ -124,6 +128,22 @@ def chunk_record(out_dir: Path, number: int) -> Path:
     return out_dir / FOLDER / f"{number:06d}.json"
 
 
+def read_record(path: Path, *needed: str) -> dict[str, Any]:
+    """Return one of the records that `prepare` keeps in its directory, with the needed fields.
+
+    Raises:
+        DataError: `corrupt_record`.
+    """
+    try:
+        record = json.loads(path.read_bytes())
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not record.keys() >= set(needed):
+        remedy = "remove it and run data prepare again"
+        raise DataError("corrupt_record", f"{path} is not what data prepare writes; {remedy}")
+    return record
+
+
 def settings_of(job: Job) -> dict[str, Any]:
     """Return what decides the shards, besides the source's content."""
     options = asdict(job.source)
@@ -141,7 +161,7 @@ def _claim(job: Job, *, num_rows: int) -> None:
     out_dir, settings = Path(job.out_dir), settings_of(job)
     path = out_dir / FOLDER / SETTINGS
     if path.is_file():
-        before = json.loads(path.read_bytes())
+        before = read_record(path)
         changed = [name for name in settings if before.get(name) != settings[name]]
         if changed:
             name = changed[0]
@@ -257,7 +277,10 @@ def _finished(out_dir: Path, number: int, inputs: str) -> dict[str, Any] | None:
     path = chunk_record(out_dir, number)
     if not path.is_file():
         return None
-    record: dict[str, Any] = json.loads(path.read_bytes())
+    try:
+        record = read_record(path, *CHUNK_FIELDS)
+    except DataError:
+        return None
     shard = record["shard"]
     if record["inputs"] != inputs:
         return None
@@ -325,9 +348,7 @@ def _check_alone(sample: Sample, tokenizer: PreTrainedTokenizerFast, stem: Path)
     tar = stem.with_name(f".{stem.name}.tmp-{os.getpid()}")
     try:
         write_tar(tar, [sample])
-        index_shard(
-            tar, count_text_tokens=lambda record: count_text_tokens(record["messages"], tokenizer)
-        )
+        measured_rows(tar, tokenizer)
     finally:
         tar.unlink(missing_ok=True)
 

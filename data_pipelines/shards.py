@@ -30,6 +30,7 @@ from omni_train.data.index import (
     write_manifest,
 )
 from omni_train.data.scan import index_shard
+from omni_train.data.split import can_split, check_times, read_segments
 from omni_train.data.tokenizer import tokenizer_hash
 from omni_train.data.types import IndexRow
 
@@ -107,24 +108,48 @@ def index_tar(path: Path, tokenizer: PreTrainedTokenizerFast) -> ShardInfo:
     Raises:
         DataError: see `index_shard`.
     """
+    rows = measured_rows(path, tokenizer)
+    write_index(index_path(path), rows)
+    return describe_shard(path, num_samples=len(rows))
+
+
+def measured_rows(path: Path, tokenizer: PreTrainedTokenizerFast) -> list[IndexRow]:
+    """Return the rows of a tar's index, with quality scores.
+
+    Raises:
+        DataError: see `index_shard`; `bad_segments` where times lie past the medium's end.
+    """
     rows = index_shard(
         path, count_text_tokens=lambda record: count_text_tokens(record["messages"], tokenizer)
     )
     with path.open("rb") as file:
         for row in rows:
-            _measure(file, row)
-    write_index(index_path(path), rows)
-    return describe_shard(path, num_samples=len(rows))
+            try:
+                _measure(file, row)
+            except DataError as error:
+                raise error.at(shard=str(path), key=row.key) from error
+    return rows
 
 
 def _measure(file: BinaryIO, row: IndexRow) -> None:
     """Fill in a row's quality scores and the hash of its content."""
     record = json.loads(_read(file, row.json_offset, row.json_size))
+    if can_split(row):
+        _check_segments(record, row)
     heard = {sound_member(info) for info in row.media if info.has_audio and info.use_audio}
     places = [place for info in row.media for place in info.places() if place.member in heard]
     data = {place.member: _read(file, place.offset, place.size) for place in places}
     row.quality = measure_quality(record, row.media, data)
     row.content_hash = content_hash(record, row)
+
+
+def _check_segments(record: dict[str, Any], row: IndexRow) -> None:
+    try:
+        segments = read_segments(record.get("segments") or [])
+    except DataError:
+        # Of a form that a foreign tar may have for itself: what is too long is then left out.
+        return
+    check_times(segments, row.media[0])
 
 
 def _read(file: BinaryIO, offset: int, size: int) -> bytes:

@@ -55,7 +55,7 @@ def show_sample(place: str, encoding: Encoding, out_dir: str | Path) -> Shown:
     """Draw one sample.
 
     Args:
-        place: `SHARD:KEY`, the path of a tar (its suffix may be left out) and a key in it.
+        place: `SHARD:KEY`, path or URL of a tar (its suffix may be left out) and a key in it.
         encoding: how the sample becomes tokens.
         out_dir: gets `<key>.png` and `<key>.html`; made if it is not there.
 
@@ -63,17 +63,19 @@ def show_sample(place: str, encoding: Encoding, out_dir: str | Path) -> Shown:
         ConfigError: `place` has another form.
         DataError: `unknown_key`, or the reason why the sample cannot be encoded.
     """
-    shard, key = split_place(place)
-    open_set(shard.parent, encoding.tokenizer)
-    rows = [row for row in read_index(index_path(shard)) if row.key == key]
-    if not rows:
-        raise DataError("unknown_key", "the index has no such sample", shard=str(shard), key=key)
-    raw = fetch(shard, rows[0])
+    folder, name, key = split_place(place)
+    root, _ = open_set(folder, encoding.tokenizer)
+    shard = root.url_of(name)
+    rows = read_index(root.url_of(index_path(name).name), store=root.store)
+    row = next((row for row in rows if row.key == key), None)
+    if row is None:
+        raise DataError("unknown_key", "the index has no such sample", shard=shard, key=key)
+    raw = fetch(shard, row, root.store)
     try:
         sample = encode(raw, encoding.tokenizer, encoding.config, encoding.spec)
     except DataError as error:
-        raise error.at(shard=str(shard), key=key) from error
-    timeline = build_timeline(shard.name, raw, sample, encoding)
+        raise error.at(shard=shard, key=key) from error
+    timeline = build_timeline(name, raw, sample, encoding)
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     drawing = draw_timeline(timeline)
@@ -83,18 +85,19 @@ def show_sample(place: str, encoding: Encoding, out_dir: str | Path) -> Shown:
     return Shown(png, page, timeline)
 
 
-def split_place(place: str) -> tuple[Path, str]:
-    """Split `SHARD:KEY`."""
+def split_place(place: str) -> tuple[str | Path, str, str]:
+    """Split `SHARD:KEY` into the set's directory or URL, the name of the tar, and the key."""
     shard, _, key = place.rpartition(":")
-    if not shard or not key:
+    folder, _, name = shard.rpartition("/")
+    if not name or not key or key.startswith("//"):
         raise ConfigError(
             key="SHARD:KEY",
             value=place,
             rule="the path of a shard, a colon, and the key of a sample in it",
             remedy="for example shards/shard-000000.tar:sample-000012",
         )
-    path = Path(shard)
-    return (path if path.suffix == ".tar" else path.with_name(f"{path.name}.tar")), key
+    name = name if name.endswith(".tar") else f"{name}.tar"
+    return (folder if "://" in folder else Path(shard).parent), name, key
 
 
 def page_of(timeline: Timeline, svg: str) -> str:

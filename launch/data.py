@@ -8,6 +8,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+from launch.failures import check_writable, describe
 from launch.inspection import ACTIONS as INSPECTIONS
 from launch.inspection import run_inspection
 from launch.local import child_environment
@@ -15,7 +16,7 @@ from launch.preparing import ACTIONS as PREPARING
 from launch.preparing import run_preparing
 from launch.stages import REPO
 from omni_train.config.errors import ConfigError, DataError
-from omni_train.engine.exit_codes import exit_code_of
+from omni_train.engine.exit_codes import RunError
 
 
 def run_data(args: argparse.Namespace) -> int:
@@ -27,10 +28,18 @@ def run_data(args: argparse.Namespace) -> int:
             return run_preparing(args)
         if args.action in INSPECTIONS:
             return run_inspection(args)
+        if "://" in args.path:
+            raise ConfigError(
+                key="PATH",
+                value=args.path,
+                rule="an index is written beside the shards, in a local directory",
+                remedy="index them where they are made, then copy shards, indexes and manifest",
+            )
         return index_folder(Path(args.path), tokenizer_dir=args.tokenizer)
-    except (ConfigError, DataError, OSError) as error:
-        print(f"omni-train: {error}", file=sys.stderr)
-        return int(exit_code_of(error))
+    except (ConfigError, DataError, RunError, OSError) as error:
+        code, text = describe(error)
+        print(f"omni-train: {text}", file=sys.stderr)
+        return int(code)
 
 
 def make_corpus(folder: Path, *, seed: int | None, quick: bool, log: Path | None = None) -> int:
@@ -64,7 +73,9 @@ def index_folder(folder: Path, *, tokenizer_dir: str) -> int:
 
     tars = sorted(folder.glob("*.tar"))
     if not tars:
-        raise FileNotFoundError(f"no *.tar in {folder}")
+        what = f"no *.tar in {folder}" if folder.is_dir() else f"there is no directory {folder}"
+        raise FileNotFoundError(f"{what}; give the directory of the shards")
+    check_writable(folder, remedy="copy the shards to where an index can lie beside them")
     tokenizer = load_tokenizer(tokenizer_dir)
     shards = []
     for number, tar in enumerate(tars, 1):

@@ -15,6 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.failures import check_writable
 from omni_train.config.errors import ConfigError
 from omni_train.engine.exit_codes import ExitCode
 
@@ -40,8 +41,10 @@ def add_inspection(add: Add) -> None:
         "Verify hashes and decode every sample; exit 65 if anything is wrong.",
         "omni-train data lint shards/librispeech --workers 8",
         "omni-train data lint runs/demo/corpus/train/asr --json",
+        "omni-train data lint s3://bucket/shards --tokenizer TOKENIZER --report lint.json",
     )
-    lint.add_argument("path", help="directory with shards and a manifest")
+    lint.add_argument("path", help="directory or URL with shards and a manifest")
+    lint.add_argument("--report", type=Path, help="its file; the default is lint.json in the set")
     lint.add_argument("--workers", type=int, help="processes; the default is one per core")
     info = add(
         "info",
@@ -49,19 +52,24 @@ def add_inspection(add: Add) -> None:
         "omni-train data info shards/librispeech shards/coco",
         "omni-train data info runs/demo/corpus/train/av --processing video_fps=4 --json",
     )
-    info.add_argument("path", nargs="+", help="directories with shards and a manifest")
+    info.add_argument("path", nargs="+", help="directories or URLs with shards and a manifest")
     fix = add(
         "fix",
         "Write skip.json from lint's findings; the data are never edited.",
         "omni-train data lint shards/mine; omni-train data fix shards/mine",
+        "omni-train data fix s3://bucket/shards --report lint.json --out skip.json",
     )
-    fix.add_argument("path", help="directory that lint has checked")
+    fix.add_argument("path", help="directory or URL that lint has checked")
+    fix.add_argument("--report", type=Path, help="of lint; the default is lint.json in the set")
+    fix.add_argument("--out", type=Path, help="skip list; the default is skip.json in the set")
     show = add(
         "show",
         "Draw one sample's token timeline (PNG and HTML) and print its ids.",
         "omni-train data show runs/demo/corpus/train/av/shard-000000.tar:av-000003 --out pictures",
     )
-    show.add_argument("place", metavar="SHARD:KEY", help="path of a tar, a colon, a key in it")
+    show.add_argument(
+        "place", metavar="SHARD:KEY", help="path or URL of a tar, a colon, a key in it"
+    )
     show.add_argument("--out", default=".", help="directory for the pictures; the default is here")
     for command in (lint, info, fix, show):
         command.add_argument("--json", action="store_true", help="print JSON")
@@ -90,14 +98,20 @@ def run_inspection(args: argparse.Namespace) -> int:
 def _lint(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from data_pipelines.lint import lint_set, print_report
+    from data_pipelines.lint import LINT_NAME, lint_set, print_report
 
     workers = (os.cpu_count() or 1) if args.workers is None else args.workers
-    report = lint_set(args.path, _encoding(args, Path(args.path)), num_workers=workers)
+    place = _place(args.path)
+    local = place / LINT_NAME if isinstance(place, Path) else None
+    encoding = _encoding(args, place)
+    written = args.report or local
+    if written:
+        check_writable(written.parent, remedy="give another file by --report")
+    report = lint_set(place, encoding, num_workers=workers, report_path=written)
     if args.json:
         print(json.dumps(report.as_dict(), indent=1))
     else:
-        print_report(args.path, report, Console())
+        print_report(args.path, report, Console(), written=written)
     return int(ExitCode.bad_data if report.failed else ExitCode.done)
 
 
@@ -106,7 +120,8 @@ def _info(args: argparse.Namespace) -> int:
 
     from data_pipelines.info import collect_info, print_info
 
-    info = collect_info(args.path, _encoding(args, Path(args.path[0])))
+    places = [_place(path) for path in args.path]
+    info = collect_info(places, _encoding(args, places[0]))
     if args.json:
         print(json.dumps(info.as_dict(), indent=1))
     else:
@@ -119,11 +134,16 @@ def _fix(args: argparse.Namespace) -> int:
 
     from data_pipelines.fix import fix_set, print_report
 
-    report = fix_set(args.path)
+    place = _place(args.path)
+    written = args.out or (place if isinstance(place, Path) else None)
+    if written and (args.out or written.is_dir()):
+        folder = written.parent if args.out else written
+        check_writable(folder, remedy="give another file by --out")
+    report = fix_set(place, report_path=args.report, out=args.out)
     if args.json:
         print(json.dumps(report.as_dict(), indent=1))
     else:
-        print_report(args.path, report, Console())
+        print_report(report, Console())
     return int(ExitCode.bad_data if report.left else ExitCode.done)
 
 
@@ -132,8 +152,10 @@ def _show(args: argparse.Namespace) -> int:
 
     from data_pipelines.show import print_ids, show_sample, split_place, summary
 
-    shard, _ = split_place(args.place)
-    shown = show_sample(args.place, _encoding(args, shard.parent), args.out)
+    folder, _, _ = split_place(args.place)
+    encoding = _encoding(args, folder)
+    check_writable(Path(args.out), remedy="give another directory by --out")
+    shown = show_sample(args.place, encoding, args.out)
     if args.json:
         print(json.dumps(summary(shown), indent=1))
     else:
@@ -142,15 +164,22 @@ def _show(args: argparse.Namespace) -> int:
     return int(ExitCode.done)
 
 
-def _encoding(args: argparse.Namespace, root: Path) -> Encoding:
+def _place(text: str) -> str | Path:
+    """Return a URL as it is, anything else as a path."""
+    return text if "://" in text else Path(text)
+
+
+def _encoding(args: argparse.Namespace, root: str | Path) -> Encoding:
     """Return the tokenizer, the processing and the model's sizes that the arguments ask for."""
     from data_pipelines.lint import Encoding
+    from omni_train.data.stores import open_root
     from omni_train.data.tokenizer import load_tokenizer
     from omni_train.models.config import ModelPreset
     from omni_train.models.presets import build_config, model_spec
 
-    if not root.is_dir():
-        raise FileNotFoundError(f"there is no directory {root}")
+    folder = open_root(root).folder
+    if folder and not folder.is_dir():
+        raise FileNotFoundError(f"there is no directory {root}; give one with a manifest.json")
     tokenizer = load_tokenizer(args.tokenizer or find_tokenizer(root))
     config = build_config(ModelPreset[args.preset], tokenizer)
     return Encoding(
@@ -158,12 +187,19 @@ def _encoding(args: argparse.Namespace, root: Path) -> Encoding:
     )
 
 
-def find_tokenizer(root: Path) -> Path:
+def find_tokenizer(root: str | Path) -> Path:
     """Return the `tokenizer` directory in a set's directory or one of a few above it.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or the set is in an object store.
     """
+    if not isinstance(root, Path):
+        raise ConfigError(
+            key="--tokenizer",
+            value="",
+            rule="a set in an object store has no tokenizer beside it",
+            remedy="give the directory of the tokenizer that the set was indexed with",
+        )
     for folder in [root.resolve(), *root.resolve().parents][: _LEVELS_UP + 1]:
         if (folder / "tokenizer" / "tokenizer.json").is_file():
             return folder / "tokenizer"

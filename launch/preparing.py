@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from launch.failures import check_writable
+from launch.slurm_array import add_slurm, check_alone, run_array
 from omni_train.config.errors import ConfigError
-from omni_train.engine.exit_codes import ExitCode
+from omni_train.engine.exit_codes import ExitCode, RunError
+from omni_train.engine.lock import RunLock
 
 if TYPE_CHECKING:
     from data_pipelines.prepare import ChunkDone, Job, Part
@@ -20,6 +27,7 @@ Add = Callable[..., argparse.ArgumentParser]
 
 ACTIONS = ("prepare", "merge")
 FORMATS = ("jsonl", "llamafactory", "ms_swift", "hf_datasets", "folder")
+FOLDER_FORMATS = ("hf_datasets", "folder")
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -33,10 +41,10 @@ def add_preparing(add: Add) -> None:
         "    --tokenizer TOKENIZER",
         "omni-train data prepare voices shards/voices --format hf_datasets --split train \\",
         "    --task asr --columns text=sentence speaker=client_id --tokenizer TOKENIZER",
-        "several machines, here 16 jobs of a SLURM array, then the manifest:",
-        "  sbatch --array=0-15 --wrap 'omni-train data prepare all.jsonl shards/all \\",
-        "    --format jsonl --tokenizer TOKENIZER --part $SLURM_ARRAY_TASK_ID/16'",
-        "  omni-train data merge shards/all",
+        "several machines by hand: --part 0/16 to --part 15/16, then omni-train data merge OUT;",
+        "on a SLURM cluster, as an array of 16 jobs and the merge:",
+        "omni-train data prepare all.jsonl shards/all --format jsonl --tokenizer TOKENIZER \\",
+        "    --slurm-array 16 --partition cpu --time 4:00:00 --submit",
     )
     prepare.add_argument("path", metavar="SOURCE", help="file or directory that is read")
     prepare.add_argument("out", metavar="OUT", help="directory of the shards")
@@ -54,6 +62,7 @@ def add_preparing(add: Add) -> None:
     prepare.add_argument("--workers", type=int, help="processes; the default is one per CPU")
     prepare.add_argument("--part", metavar="I/N", help="make only shards I, I+N, ...; then merge")
     prepare.add_argument("--strict", action="store_true", help="exit 65 if any row was rejected")
+    add_slurm(prepare)
     merge = add(
         "merge",
         "Join the parts of prepare: write rejected.jsonl and the manifest.",
@@ -68,10 +77,14 @@ def run_preparing(args: argparse.Namespace) -> int:
     from data_pipelines.prepare import Part, prepare
 
     if args.action == "prepare":
+        check_alone(args)
         part = Part() if args.part is None else _part(args.part)
-        workers = (os.cpu_count() or 1) if args.workers is None else args.workers
-        with _Progress() as progress:
-            done = prepare(_job(args), part=part, num_workers=workers, report=progress)
+        job, workers = _job(args), (os.cpu_count() or 1) if args.workers is None else args.workers
+        if args.slurm_array is not None:
+            return run_array(args, name=job.source.name)
+        check_writable(Path(args.out), remedy="choose another directory")
+        with _held(Path(args.out), part), _Progress() as progress:
+            done = prepare(job, part=part, num_workers=workers, report=progress)
         num_rejected = sum(chunk.num_rejected for chunk in done)
         if args.part is not None:
             print(
@@ -79,7 +92,11 @@ def run_preparing(args: argparse.Namespace) -> int:
                 f"{sum(chunk.num_samples for chunk in done)} samples, {num_rejected} rejected"
             )
             return int(ExitCode.bad_data) if args.strict and num_rejected else 0
-    merged = merge(Path(args.out if args.action == "prepare" else args.path))
+    out = Path(args.out if args.action == "prepare" else args.path)
+    if not out.is_dir():
+        raise FileNotFoundError(f"there is no directory {out}; give the OUT of data prepare")
+    check_writable(out, remedy="make it writable")
+    merged = merge(out)
     reasons = ", ".join(f"{reason} {number}" for reason, number in merged.rejected.items())
     print(
         f"{merged.num_samples} samples in {merged.num_shards} shards; "
@@ -93,8 +110,21 @@ def _job(args: argparse.Namespace) -> Job:
     from data_pipelines.prepare import Job
     from data_pipelines.sources.base import SourceFormat, SourceOptions
 
+    for key, value in (("SOURCE", args.path), ("OUT", args.out)):
+        if "://" in value:
+            raise ConfigError(
+                key=key,
+                value=value,
+                rule="data prepare works from one local directory to another",
+                remedy="copy the source here, and the finished set to the store",
+            )
     if not Path(args.path).exists():
-        raise FileNotFoundError(f"no source at {args.path}")
+        raise FileNotFoundError(f"there is no source at {args.path}; give a file or a directory")
+    wants_folder = args.format in FOLDER_FORMATS
+    if Path(args.path).is_dir() != wants_folder:
+        kinds = ("a file", "a directory") if wants_folder else ("a directory", "a file")
+        rule = f"--format {args.format} reads {kinds[1]}"
+        raise FileNotFoundError(f"{args.path} is {kinds[0]}, and {rule}; give that")
     name = args.name or re.sub(r"[^A-Za-z0-9_-]+", "_", Path(args.path).resolve().stem)
     if not _NAME.fullmatch(name):
         raise ConfigError(
@@ -142,6 +172,74 @@ def _part(text: str) -> Part:
             key="--part", value=text, rule="a part is I/N", remedy="use 0/4 to 3/4, say"
         )
     return Part(int(match[1]), int(match[2]))
+
+
+@contextmanager
+def _held(out: Path, part: Part) -> Iterator[None]:
+    """Keep every other process from preparing the same part; SIGTERM gives it back (exit 75).
+
+    Raises:
+        RunError: one does so now, or shares the work out differently (exit code 73).
+    """
+    from data_pipelines.prepare import FOLDER
+
+    folder = out / FOLDER
+    lock = folder / Path(part.file_name).with_suffix(".lock").name
+    # Parts of another count have shards in common with this one.
+    others = [
+        path for path in folder.glob("part-*-of-*.lock") if not path.match(f"*-of-{part.of}.*")
+    ]
+    for path in others:
+        _acquire(path, out).release()
+    before = _owner(lock)
+    held = _acquire(lock, out)
+    if before:
+        print(
+            f"omni-train: {lock} was left by process {before.get('pid')} of "
+            f"{_time(before)}, which is gone; going on",
+            file=sys.stderr,
+        )
+
+    def leave(*_: object) -> None:
+        # A job that is ended here may go on on another machine, which cannot see that this is gone.
+        held.release()
+        os.write(2, b"omni-train: stopped; the same command goes on\n")
+        os._exit(ExitCode.preempted)
+
+    answer = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, answer)
+        held.release()
+
+
+def _acquire(path: Path, out: Path) -> RunLock:
+    lock = RunLock(path)
+    try:
+        lock.acquire("data prepare")
+    except RunError as error:
+        owner = _owner(path)
+        raise RunError(
+            ExitCode.locked,
+            f"{path.stem} of {out} is being prepared by process {owner.get('pid')} on "
+            f"{owner.get('host')} since {_time(owner)}; wait for it or end it. If it is surely "
+            f"gone, remove {path}",
+        ) from error
+    return lock
+
+
+def _owner(path: Path) -> dict[str, Any]:
+    try:
+        owner = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _time(owner: Mapping[str, Any]) -> str:
+    since = owner.get("since")
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since)) if since else "?"
 
 
 class _Progress:

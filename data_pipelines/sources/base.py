@@ -21,8 +21,11 @@ from typing import Any
 import xxhash
 
 from data_pipelines.prompts import prompt_for
+from data_pipelines.sources.segments import as_segments
 from omni_train.config.errors import DataError
+from omni_train.data.chatml import split_reply
 from omni_train.data.media import KIND_OF_SUFFIX
+from omni_train.data.split import SPLIT_TASK, check_reply, joint_of, read_segments
 from omni_train.data.types import MediaKind
 
 # Descriptive fields of a record that the index has columns for.
@@ -198,7 +201,9 @@ class Gathered:
         """
         data = value.get("bytes") if isinstance(value, Mapping) else None
         name = value.get("path") if isinstance(value, Mapping) else value
-        if data is None and not (isinstance(name, str) and name):
+        if data is not None and not isinstance(data, bytes):
+            raise DataError("bad_media", f"{kind.name} has {_short(data)} as its bytes")
+        if (name is not None and not isinstance(name, str)) or not (data or name):
             raise DataError("bad_media", f"{kind.name} is {_short(value)}, not a path")
         name = name or ""
         if data is None and _URL.match(name):
@@ -215,7 +220,7 @@ class Gathered:
         if data is None and not path.is_file():
             raise DataError("missing_media", f"there is no file {name}")
         member = f"{len(self.media)}{suffix}"
-        self.media[member] = path if data is None else bytes(data)
+        self.media[member] = path if data is None else data
         self.origin[member] = name
         return member
 
@@ -238,8 +243,12 @@ def make_draft(
         gathered: its media.
         fields: all other fields of the row.
         asked: what the prompt asks for, where its wording was chosen here.
+
+    Raises:
+        DataError: `bad_field`, `bad_segments`, `segments_mismatch`.
     """
     rest = dict(fields)
+    segments = rest.pop(source.options.column("segments"), None)
     record: dict[str, Any] = {"messages": messages}
     for fact in FACTS:
         value = rest.pop(source.options.column(fact), None)
@@ -249,6 +258,11 @@ def make_draft(
         if isinstance(value, bool) or not isinstance(value, str | int):
             raise DataError("bad_field", f"{fact} is {_short(value)}, not a text")
         record[fact] = str(value)
+    if segments is not None:
+        record["segments"] = as_segments(segments)
+        if record["task"] == SPLIT_TASK:
+            # Found here, not when a recording turns out too long to train on whole.
+            check_reply(read_segments(record["segments"]), split_reply(messages)[1])
     record["origin"] = {"file": row.file, "row": row.number, "media": gathered.origin}
     if asked:
         record["asked"] = dict(asked)
@@ -259,6 +273,8 @@ def make_draft(
 
 def make_pair(source: Source, row: Row, values: Mapping[str, Any], root: Path) -> Draft:
     """Make a one-turn dialogue of media and a target text, with a prompt in words.
+
+    Segments without a text beside them are the text.
 
     Raises:
         DataError: `no_media`, `missing_text`, and those of `Gathered.add` and `prompt_for`.
@@ -273,6 +289,10 @@ def make_pair(source: Source, row: Row, values: Mapping[str, Any], root: Path) -
         names = ", ".join(options.column(kind.name) for kind in KINDS)
         raise DataError("no_media", f"the row has none of {names}, and no messages")
     text = rest.pop(options.column("text"), None)
+    if text is None and rest.get(options.column("segments")) is not None:
+        language = rest.get(options.column("language")) or options.language
+        said = read_segments(as_segments(rest[options.column("segments")]))
+        text = joint_of(language).join(segment.text for segment in said)
     if not isinstance(text, str) or not text.strip():
         raise DataError("missing_text", f"{options.column('text')} is {_short(text)}")
     given = {name: rest.get(options.column(name)) for name in PROMPT_FIELDS}

@@ -1,8 +1,9 @@
 """A folder of media, each with a text beside it: `a.wav` with `a.txt`, `a.json`, or both.
 
-The `.txt` is the target text. The `.json` holds fields: `text`, `task`, `language`, `speaker` and
-any other. Every other file is rejected by name, hidden ones aside. Files come in the order of their
-names.
+The `.txt` is the target text. The `.json` holds fields: `text`, `task`, `language`, `speaker`,
+`segments` and any other; one that Whisper wrote will do. Subtitles, `a.srt` or `a.vtt`, are the
+segments, and the text too where nothing else is. Every other file is rejected by name, hidden ones
+aside. Files come in the order of their names.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from data_pipelines.sources.base import (
     make_pair,
     parse_object,
 )
+from data_pipelines.sources.segments import SUBTITLES, read_subtitles
 from omni_train.config.errors import DataError
 from omni_train.data.media import KIND_OF_SUFFIX
 
-_SIDECARS = (".txt", ".json")
+_SIDECARS = (".txt", ".json", *SUBTITLES)
 
 
 class FolderSource(Source):
@@ -72,7 +74,21 @@ class FolderSource(Source):
             column = self.options.column("text")
             if values.setdefault(column, text) != text:
                 raise DataError("two_texts", f"{text_name} and {json_name} have different texts")
+        self._add_segments(name, values)
         return make_pair(self, row, {**values, self.options.column(kind): row.data}, self._root)
+
+    def _add_segments(self, media: PurePosixPath, values: dict[str, Any]) -> None:
+        """Add the subtitles beside a media file, of which it has one kind at most."""
+        column, text = self.options.column("segments"), self.options.column("text")
+        names = [str(media.with_suffix(suffix)) for suffix in SUBTITLES]
+        found = [name for name in names if name in self._files]
+        if len(found) + (values.get(column) is not None) > 1:
+            raise DataError("two_segments", f"{media} has segments in more than one file")
+        if found:
+            values[column] = read_subtitles(self._root / found[0])
+        # Whisper begins its texts with a space.
+        if values.get(column) is not None and isinstance(values.get(text), str):
+            values[text] = values[text].strip()
 
 
 def _kind(name: str) -> str | None:

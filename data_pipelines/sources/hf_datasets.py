@@ -91,7 +91,11 @@ class HfDatasetsSource(Source):
 
 
 def _load(options: SourceOptions) -> datasets.Dataset:
-    loaded = datasets.load_from_disk(options.path)
+    try:
+        loaded = datasets.load_from_disk(options.path)
+    except FileNotFoundError as error:
+        remedy = "give what save_to_disk of the library wrote"
+        raise FileNotFoundError(f"{options.path} holds no dataset; {remedy}") from error
     if not isinstance(loaded, datasets.DatasetDict):
         return loaded
     if options.split not in loaded:

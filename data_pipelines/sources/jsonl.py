@@ -1,10 +1,11 @@
 """JSON Lines in our own form.
 
     {"messages": [{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}, ...]}, ...]}
-    {"audio": "a.wav", "text": "what is said", "task": "asr"}
+    {"audio": "a.wav", "text": "what is said", "task": "asr",
+     "segments": [{"start_s": 0.4, "end_s": 1.1, "text": "what"}, ...]}
 
-Media are paths relative to the file. The second form gets its prompt in words; the fields' names
-may be given as columns.
+`segments` may be left out; long recordings are cut between them. Media are paths relative to the
+file. The second form gets its prompt in words; the fields' names may be given as columns.
 """
 
 from __future__ import annotations

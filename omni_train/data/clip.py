@@ -19,7 +19,6 @@ from typing import Any
 
 import av
 import numpy as np
-import torch
 from av.audio.frame import AudioFrame
 from av.container import InputContainer
 from av.packet import Packet
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from omni_train.config.errors import DataError
 from omni_train.data.container import clip_container
-from omni_train.data.image import resize
+from omni_train.data.image import by_pixel, resize
 from omni_train.data.types import MediaInfo, MediaKind
 from omni_train.data.video import (
     MICROSECONDS,
@@ -82,13 +81,18 @@ class _Sound:
             check_sound_format(self.rate_hz, self.num_channels)
         if (frame.sample_rate, frame.layout.nb_channels) != (self.rate_hz, self.num_channels):
             raise DataError("bad_header", "sample rate or channels of the sound change midway")
-        hole_us = time_us - self.start_us - self.num_samples * MICROSECONDS // self.rate_hz
+        hole_us = time_us - self.end_us
         if hole_us >= HOLE_US:
             self._append(
                 np.zeros(self._checked(hole_us * self.rate_hz // MICROSECONDS), np.float32)
             )
         self._checked(frame.samples)
         self._append(_mono(frame) if self.keep else np.empty(frame.samples, np.float32))
+
+    @property
+    def end_us(self) -> int:
+        """Time up to which there is sound, on the container's clock."""
+        return self.start_us + self.num_samples * MICROSECONDS // max(self.rate_hz, 1)
 
     def _checked(self, more: int) -> int:
         if self.num_samples + more > MAX_CLIP_S * self.rate_hz:
@@ -177,18 +181,29 @@ def probe_clip(data: bytes, member: str) -> MediaInfo:
     return _describe(member, picture, sound, rate)
 
 
-def decode_clip_sound(data: bytes) -> tuple[NDArray[np.float32], int]:
-    """Return the sound of a clip, float32 [S] mono, and its rate in Hz (0 if it has none)."""
+def decode_clip_sound(
+    data: bytes, *, seek_us: int | None = None, until_us: int = 2**62
+) -> tuple[NDArray[np.float32], int, int]:
+    """Return a clip's sound, float32 [S] mono, its rate in Hz (0 if none) and its start, us.
+
+    It begins at a frame at or before `seek_us`, whose first ones may be wrong, and ends after
+    `until_us`, both on the container's clock.
+    """
     sound = _Sound(keep=True)
     with _opened(data) as container:
         _streams(container)
         if container.streams.audio:
-            for packet in container.demux(container.streams.audio[0]):
+            audio = container.streams.audio[0]
+            if seek_us is not None and audio.time_base:
+                container.seek(int(seek_us / MICROSECONDS / audio.time_base), stream=audio)
+            for packet in container.demux(audio):
                 for frame in packet.decode():
                     if isinstance(frame, AudioFrame):
                         sound.add(frame)
+                if sound.end_us >= until_us:
+                    break
     parts = sound.parts or [np.zeros(0, np.float32)]
-    return np.concatenate(parts), sound.rate_hz
+    return np.concatenate(parts), sound.rate_hz, sound.start_us
 
 
 def decode_frames(
@@ -213,7 +228,8 @@ def decode_frames(
         for first, last in _runs(indices, info.keyframe_interval):
             wanted = [int(times[number]) for number in indices[first:last]]
             found: list[Tensor] = []
-            if first > 0 or indices[0] >= info.keyframe_interval:
+            # A part of a clip counts its frames from its own start.
+            if first > 0 or info.first_sample or indices[0] >= info.keyframe_interval:
                 before_us = int(times[max(indices[first] - MAX_REORDER, 0)])
                 found = _after_seeking(container, wanted, before_us, size)
             yield from found or _frames_at(container, wanted, size)
@@ -415,9 +431,10 @@ def _measure_fps(times: NDArray[np.int64], declared: Fraction | None) -> tuple[f
 
 def _time_us(frame: VideoFrame | AudioFrame, what: str) -> int:
     """Return a frame's presentation time, rounded to microseconds in integers."""
-    if frame.pts is None or frame.time_base is None:
+    base = frame.time_base
+    if frame.pts is None or base is None:
         raise DataError("no_timestamps", f"a frame of the {what} carries no time")
-    return _ticks_to_us(frame.pts, frame.time_base)
+    return _ticks_to_us(frame.pts, base)
 
 
 def _ticks_to_us(ticks: int, base: Fraction) -> int:
@@ -426,10 +443,11 @@ def _ticks_to_us(ticks: int, base: Fraction) -> int:
 
 def _pixels(frame: VideoFrame, reformatter: VideoReformatter) -> Tensor:
     """Return uint8 [1, 3, H, W], turned as it is to be displayed."""
-    pixels: NDArray[Any] = reformatter.reformat(frame, format="rgb24").to_ndarray()
+    # One thread, as for decoding: FFmpeg would start one a core for every frame.
+    pixels: NDArray[Any] = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
     if turns := round(frame.rotation / 90) % 4:
         pixels = np.ascontiguousarray(np.rot90(pixels, turns))
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    return by_pixel(pixels)
 
 
 def _mono(frame: AudioFrame) -> NDArray[np.float32]:
@@ -437,9 +455,9 @@ def _mono(frame: AudioFrame) -> NDArray[np.float32]:
     values: NDArray[Any] = frame.to_ndarray()
     if not frame.format.is_planar:
         values = values.reshape(-1, frame.layout.nb_channels).T
-    if np.issubdtype(values.dtype, np.unsignedinteger):
+    if values.dtype.kind == "u":
         scaled = (values.astype(np.float32) - 128.0) / 128.0
-    elif np.issubdtype(values.dtype, np.integer):
+    elif values.dtype.kind == "i":
         scaled = values.astype(np.float32) / 2.0 ** (8 * values.dtype.itemsize - 1)
     else:
         scaled = values.astype(np.float32)

@@ -9,6 +9,8 @@ from omni_train.data.filters import FilterConfig
 from omni_train.data.stores import FetchConfig
 from omni_train.data.types import ProcessingConfig
 
+DEFAULT_PREFETCH_BYTES = 1 << 29
+
 
 @dataclass(kw_only=True, slots=True)
 class SourceConfig:
@@ -68,7 +70,10 @@ class DataConfig:
         window_samples: samples planned at a time; memory and packing quality grow with it.
         shuffle_shards: shards whose samples are shuffled together.
         num_workers: worker processes per rank; 0 encodes in the training process.
-        prefetch_packs: packs that each worker prepares ahead.
+        prefetch_bytes: what the workers of a rank prepare ahead, finished and under way; one pack
+            is always allowed.
+        worker_memory_bytes: most that a worker may allocate, with some 0.35 GB for its libraries; a
+            sample that needs more is left out. None for no cap.
         max_bad_share: largest share of a source's samples that may be unusable.
         max_bad_in_a_row: unusable samples in a row that stop the run.
         processing: how media become tokens.
@@ -84,7 +89,8 @@ class DataConfig:
     window_samples: int = 4096
     shuffle_shards: int = 16
     num_workers: int = 2
-    prefetch_packs: int = 2
+    prefetch_bytes: int = DEFAULT_PREFETCH_BYTES
+    worker_memory_bytes: int | None = None
     max_bad_share: float = 0.01
     max_bad_in_a_row: int = 16
     processing: ProcessingConfig = field(default_factory=ProcessingConfig)
@@ -114,8 +120,35 @@ class DataConfig:
                 rule="must be at least 1",
                 remedy="raise it, or leave it out for no limit",
             )
+        _check_workers(self)
         for entry in self.curriculum:
             _check_curriculum(entry, self.sources)
+
+
+def _check_workers(config: DataConfig) -> None:
+    for name, value, least in (
+        ("num_workers", config.num_workers, 0),
+        ("prefetch_bytes", config.prefetch_bytes, 1),
+        ("worker_memory_bytes", config.worker_memory_bytes, 1),
+    ):
+        if value is not None and value < least:
+            raise ConfigError(
+                key=f"data.{name}",
+                value=value,
+                rule=f"must be at least {least}",
+                remedy="raise it, or leave it out for the default",
+            )
+    for name, value, default in (
+        ("prefetch_bytes", config.prefetch_bytes, DEFAULT_PREFETCH_BYTES),
+        ("worker_memory_bytes", config.worker_memory_bytes, None),
+    ):
+        if not config.num_workers and value != default:
+            raise ConfigError(
+                key=f"data.{name}",
+                value=value,
+                rule="has no effect with data.num_workers=0",
+                remedy="leave it out, or use a worker",
+            )
 
 
 def _check_curriculum(entry: CurriculumStep, sources: dict[str, SourceConfig]) -> None:

@@ -23,10 +23,10 @@ from transformers import PreTrainedTokenizerFast
 from omni_train.config.errors import DataError
 from omni_train.data.chatml import MediaPiece, TextPiece, render
 from omni_train.data.clip import decode_frames
-from omni_train.data.image import check_aspect, patchify_each, resize, smart_resize
+from omni_train.data.image import check_aspect, patchify_each, resize_picture, smart_resize
 from omni_train.data.media import (
     decode_audio,
-    decode_image,
+    decode_picture,
     decode_pictures,
     num_samples_16k,
 )
@@ -134,11 +134,11 @@ def _add_medium(parts: _Parts, piece: MediaPiece, media: dict[str, bytes], info:
 
 def _add_image(parts: _Parts, data: bytes, info: MediaInfo) -> None:
     config = parts.config
-    pixels = decode_image(data)
-    if (pixels.shape[3], pixels.shape[2]) != (info.width, info.height):
+    picture = decode_picture(data)
+    if picture.size != (info.width, info.height):
         raise DataError(
             "stale_index",
-            f"{info.member} is {pixels.shape[3]}x{pixels.shape[2]}, "
+            f"{info.member} is {picture.width}x{picture.height}, "
             f"the index has {info.width}x{info.height}",
         )
     size = smart_resize(
@@ -148,7 +148,7 @@ def _add_image(parts: _Parts, data: bytes, info: MediaInfo) -> None:
         min_pixels=config.image_min_pixels,
         max_pixels=config.image_max_pixels,
     )
-    _, height, width = _add_patches(parts, [resize(pixels, *size)], 1)
+    _, height, width = _add_patches(parts, [resize_picture(picture, *size)], 1)
     parts.spans.append(ImageSpan(height, width))
 
 

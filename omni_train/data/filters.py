@@ -1,19 +1,21 @@
 """Which rows of an index are used: limits on what was measured when the index was made.
 
-Done here: the decisions, from index rows alone, and counting them. Not done here: measuring the
-scores (data_pipelines/filters.py), leaving rows out of the plan (plan.py).
+Done here: the decisions, from an index as columns without an object per row, and counting them.
+Not done here: measuring the scores (data_pipelines/filters.py), leaving rows out (source.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from omni_train.config.errors import ConfigError, DataError
-from omni_train.data.types import IndexRow, MediaKind
+from omni_train.data.types import MediaKind
 
 # Scores of an index row, by name:
 #   clipping_share         share of the sound's samples that lie at full scale
@@ -27,6 +29,16 @@ QUALITY = (
     "words_per_second",
     "repeated_ngram_share",
     "av_mismatch_s",
+)
+FILTER_COLUMNS = (
+    "key",
+    "language",
+    "content_hash",
+    *(f"quality.{name}" for name in QUALITY),
+    "media.list.element.kind",
+    "media.list.element.width",
+    "media.list.element.height",
+    "media.list.element.duration_us",
 )
 _MICROSECONDS_PER_SECOND = 1_000_000
 _SECONDS_PER_HOUR = 3600
@@ -103,64 +115,70 @@ class Counted:
 
 
 def decide(
-    rows: Sequence[IndexRow], config: FilterConfig, *, seen: set[str] | None = None
-) -> list[str]:
+    table: pa.Table, config: FilterConfig, *, seen: set[str] | None = None
+) -> NDArray[np.object_]:
     """Return '' for each row that is kept, else the reason why it is not.
 
     The reasons are the config's names: `min_duration_s`, `languages`, `drop_duplicates` and so on;
     of several, the first in the order of the config.
 
     Args:
-        rows: of one shard or more.
+        table: an index, or several, with `FILTER_COLUMNS` at least.
         config: limits.
         seen: content hashes of what was kept before, in other shards; this call adds its own.
 
     Raises:
         DataError: `not_measured` where a limit needs a score and the index has none.
     """
-    _check_measured(rows, config)
-    codes = np.zeros(len(rows), dtype=np.int64)
-    reasons = [""]
-    for name, dropped in _limits(rows, config):
-        reasons.append(name)
-        codes[dropped & (codes == 0)] = len(reasons) - 1
-    decisions = [reasons[code] for code in codes]
+    _check_measured(table, config)
+    reasons = np.full(table.num_rows, "", dtype=np.object_)
+    for name, dropped in _limits(table, config):
+        reasons[dropped & (reasons == "")] = name
     if config.drop_duplicates:
         seen = set() if seen is None else seen
-        for number, row in enumerate(rows):
-            if decisions[number]:
-                continue
-            if row.content_hash in seen:
-                decisions[number] = "drop_duplicates"
-            seen.add(row.content_hash)
-    return decisions
+        kept = np.flatnonzero(reasons == "")
+        hashes = table.column("content_hash").take(kept).to_pylist()
+        for row, found in zip(kept.tolist(), hashes, strict=True):
+            if found in seen:
+                reasons[row] = "drop_duplicates"
+            seen.add(found)
+    return reasons
 
 
-def count(rows: Sequence[IndexRow], decisions: Sequence[str]) -> dict[str, Counted]:
+def count(table: pa.Table, decisions: NDArray[np.object_]) -> dict[str, Counted]:
     """Return how many samples and hours each reason has; '' counts what is kept."""
-    totals: dict[str, tuple[int, float]] = {}
-    for row, reason in zip(rows, decisions, strict=True):
-        samples, duration_us = totals.get(reason, (0, 0))
-        total = duration_us + sum(info.duration_us for info in row.media)
-        totals[reason] = (samples + 1, total)
+    owner, media = _media(table)
+    microseconds = np.bincount(
+        owner, weights=media.field("duration_us").to_numpy(), minlength=table.num_rows
+    )
     scale = _MICROSECONDS_PER_SECOND * _SECONDS_PER_HOUR
-    return {reason: Counted(n, total / scale) for reason, (n, total) in sorted(totals.items())}
+    same = {reason: decisions == reason for reason in sorted(set(decisions.tolist()))}
+    return {
+        reason: Counted(int(rows.sum()), float(microseconds[rows].sum()) / scale)
+        for reason, rows in same.items()
+    }
 
 
-def _limits(rows: Sequence[IndexRow], config: FilterConfig) -> Iterable[tuple[str, Flags]]:
+def _media(table: pa.Table) -> tuple[NDArray[np.int64], pa.StructArray]:
+    """Return the media of all rows, and which row each belongs to."""
+    media = table.column("media").combine_chunks()
+    counts = pc.list_value_length(media).to_numpy()
+    return np.repeat(np.arange(table.num_rows), counts), media.flatten()
+
+
+def _limits(table: pa.Table, config: FilterConfig) -> Iterable[tuple[str, Flags]]:
     """Yield (name of the limit, which rows break it), for each limit that is set."""
-    owner = np.array([i for i, row in enumerate(rows) for _ in row.media], dtype=np.int64)
-    media = [info for row in rows for info in row.media]
-    timed = np.array([info.kind is not MediaKind.image for info in media], dtype=np.bool_)
-    seen = np.array([info.kind is not MediaKind.audio for info in media], dtype=np.bool_)
-    width = np.array([info.width for info in media], dtype=np.int64)
-    height = np.array([info.height for info in media], dtype=np.int64)
-    seconds = np.array([info.duration_us for info in media]) / _MICROSECONDS_PER_SECOND
+    owner, media = _media(table)
+    timed = pc.not_equal(media.field("kind"), MediaKind.image.name).to_numpy(zero_copy_only=False)
+    seen = pc.not_equal(media.field("kind"), MediaKind.audio.name).to_numpy(zero_copy_only=False)
+    width = media.field("width").to_numpy().astype(np.int64)
+    height = media.field("height").to_numpy().astype(np.int64)
+    seconds = media.field("duration_us").to_numpy() / _MICROSECONDS_PER_SECOND
     pixels = width * height
     aspect = np.maximum(width, height) / np.maximum(np.minimum(width, height), 1)
 
     def any_medium(broken: Flags) -> Flags:
-        return np.bincount(owner[broken], minlength=len(rows)).astype(np.bool_)
+        return np.bincount(owner[broken], minlength=table.num_rows).astype(np.bool_)
 
     if config.min_duration_s is not None:
         yield "min_duration_s", any_medium(timed & (seconds < config.min_duration_s))
@@ -173,26 +191,27 @@ def _limits(rows: Sequence[IndexRow], config: FilterConfig) -> Iterable[tuple[st
     if config.max_aspect is not None:
         yield "max_aspect", any_medium(seen & (aspect > config.max_aspect))
     if config.languages:
-        kept = set(config.languages)
-        yield "languages", np.array([row.language not in kept for row in rows], dtype=np.bool_)
+        kept = pc.is_in(table.column("language"), pa.array(config.languages, pa.string()))
+        yield "languages", ~kept.to_numpy()
+    quality = table.column("quality").combine_chunks()
     for name in QUALITY:
-        # A missing score is NaN, and nothing compares with NaN.
-        scores = np.array([row.quality.get(name, np.nan) for row in rows], dtype=np.float64)
         low, high = getattr(config, f"min_{name}", None), getattr(config, f"max_{name}")
+        # A missing score is NaN, and nothing compares with NaN.
+        scores = pc.fill_null(quality.field(name), np.nan).to_numpy(zero_copy_only=False)
         if low is not None:
             yield f"min_{name}", scores < low
         if high is not None:
             yield f"max_{name}", scores > high
 
 
-def _check_measured(rows: Sequence[IndexRow], config: FilterConfig) -> None:
+def _check_measured(table: pa.Table, config: FilterConfig) -> None:
     limits = [getattr(config, f"{end}_{name}", None) for name in QUALITY for end in ("min", "max")]
     if not config.drop_duplicates and all(limit is None for limit in limits):
         return
-    for row in rows:
-        if not row.content_hash:
-            raise DataError(
-                "not_measured",
-                "the index has no quality scores; make it again with `omni-train data index`",
-                key=row.key,
-            )
+    bare = pc.equal(table.column("content_hash"), "").to_numpy()
+    if bare.any():
+        raise DataError(
+            "not_measured",
+            "the index has no quality scores; make it again with `omni-train data index`",
+            key=table.column("key")[int(bare.argmax())].as_py(),
+        )

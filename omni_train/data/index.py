@@ -133,7 +133,7 @@ def index_path(shard: str | Path) -> Path:
 
 def write_index(path: str | Path, rows: list[IndexRow]) -> None:
     """Write an index; it appears whole or not at all. The same rows give the same bytes."""
-    table = pa.Table.from_pylist([_row_to_dict(row) for row in rows], schema=_ROW)
+    table = table_of(rows)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     write_atomically(Path(path), sink.getvalue().to_pybytes())
@@ -179,6 +179,11 @@ def read_table(
     if table is None:
         raise DataError("corrupt_index", f"{path} has other columns than this version writes")
     return table
+
+
+def table_of(rows: list[IndexRow]) -> pa.Table:
+    """Rows as the columns that an index has."""
+    return pa.Table.from_pylist([_row_to_dict(row) for row in rows], schema=_ROW)
 
 
 def rows_of(table: pa.Table) -> list[IndexRow]:

@@ -9,31 +9,28 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import torch
 import xxhash
-from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
 from omni_train.config.errors import ConfigError, DataError
-from omni_train.data.collate import collate
 from omni_train.data.config import DataConfig
-from omni_train.data.encode import encode
-from omni_train.data.fetch import fetch
 from omni_train.data.index import MANIFEST_NAME
-from omni_train.data.measure import Costs
+from omni_train.data.measure import AUDIO_COST_PER_CONV_FRAME, VISION_COST_PER_PATCH, Costs
 from omni_train.data.mixture import Mixture, weights_by_window
 from omni_train.data.plan import WindowPlan, assign, join_costs, plan_window
+from omni_train.data.prefetch import Prefetcher
 from omni_train.data.skiplist import read_skip_list
 from omni_train.data.source import ShardSource
-from omni_train.data.split import Part, cut
-from omni_train.data.stores import FetchConfig, Store, open_root
+from omni_train.data.stores import Store, open_root
 from omni_train.data.tokenizer import tokenizer_hash
-from omni_train.data.types import Batch, IndexRow, ModelSpec, PackSpec, ProcessingConfig, SampleRef
+from omni_train.data.types import Batch, ModelSpec, PackSpec, SampleRef
+from omni_train.data.work import PackMaker, PlannedSample, Work, describe, shard_name
 from omni_train.engine.fingerprint import NOT_IDENTITY, flatten, is_covered, plain
 from omni_train.engine.run import Run
 from omni_train.engine.types import StepItem
@@ -41,40 +38,21 @@ from omni_train.engine.types import StepItem
 # Packs by which a window takes less than its steps hold, so that it does not need one step more.
 _SPARE_SHARE = 0.002
 # Settings that do not change what is in which global step.
-_NOT_PLAN = (*NOT_IDENTITY, "data.max_bad_share", "data.max_bad_in_a_row", "data.budget_tokens")
+_NOT_PLAN = (
+    *NOT_IDENTITY,
+    "data.prefetch_bytes",
+    "data.worker_memory_bytes",
+    "data.max_bad_share",
+    "data.max_bad_in_a_row",
+    "data.budget_tokens",
+)
 
 
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """What a worker needs to make one batch: offsets, never media."""
-
-    samples: list[tuple[str, str, IndexRow, Part | None]]
-
-
-class _PackDataset(Dataset[Batch]):
-    """Work items in, batches out; runs in the worker processes."""
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerFast,
-        config: ProcessingConfig,
-        spec: ModelSpec,
-        fetch_config: FetchConfig,
-    ) -> None:
-        self.tokenizer, self.config, self.spec = tokenizer, config, spec
-        self.store = Store(fetch_config)
-
-    def __getitem__(self, work: _Work) -> Batch:
-        encoded, bad = [], []
-        for source, shard, row, part in work.samples:
-            try:
-                raw = fetch(shard, row, self.store)
-                if part is not None:
-                    raw = cut(raw, part)
-                encoded.append(encode(raw, self.tokenizer, self.config, self.spec))
-            except DataError as error:
-                bad.append((source, _shard_name(shard), row.key, str(error)))
-        return collate(encoded, self.spec, bad=bad)
+# Bytes of a batch beside its patches, mel frames and members: ids, labels, positions, lengths.
+_BYTES_PER_TOKEN = 64
+_BYTES_PER_PATCH = 24
+_BYTES_PER_FRAME = 16
+_BYTES_PER_PACK = 8192
 
 
 class PlannedLoader:
@@ -107,7 +85,10 @@ class PlannedLoader:
         self.config, self.rank, self.world_size, self.seed = config, rank, world_size, seed
         self._ledger, self._event = ledger, event or (lambda kind, **fields: None)
         self._resume_allow = resume_allow
-        self._dataset = _PackDataset(tokenizer, config.processing, spec, config.fetch)
+        self._spec = spec
+        self._make = PackMaker(
+            tokenizer, config.processing, spec, Store(config.fetch), config.worker_memory_bytes
+        )
         self.sources = [
             ShardSource(name, config, spec, tokenizer) for name in sorted(config.sources)
         ]
@@ -209,9 +190,12 @@ class PlannedLoader:
         """Global steps of a window, each a list of packs; the same on every rank."""
         planned = self._plan(window)
         for ref in planned.over_budget if self.rank == 0 else []:
-            name, shard, row, _ = self._locate(ref)
+            sample = self._locate(ref)
             reason = f"over_budget: more than data.pack_tokens={self.config.pack_tokens} tokens"
-            self._ledger(source=name, shard=_shard_name(shard), key=row.key, reason=reason)
+            if why := self.sources[ref.source].why_whole(ref.shard, ref.row):
+                reason = f"{reason}: {why}"
+            shard = shard_name(sample.shard)
+            self._ledger(source=sample.source, shard=shard, key=sample.row.key, reason=reason)
         return planned.steps
 
     def _plan(self, window: int) -> WindowPlan:
@@ -230,9 +214,10 @@ class PlannedLoader:
             seed=(self.seed, window),
         )
 
-    def _locate(self, ref: SampleRef) -> tuple[str, str, IndexRow, Part | None]:
+    def _locate(self, ref: SampleRef) -> PlannedSample:
         source = self.sources[ref.source]
-        return source.name, source.path_of(ref.shard), *source.place(ref.shard, ref.row)
+        place = source.place(ref.shard, ref.row)
+        return PlannedSample(source.name, source.path_of(ref.shard), *place)
 
     def planned_steps(self) -> Iterator[tuple[int, int, int, list[PackSpec]]]:
         """(window, step, steps in the window, packs) from the position on, to the stage's end."""
@@ -266,34 +251,42 @@ class PlannedLoader:
         """Global steps from the current position on; `state` moves as they are delivered."""
         pending: list[tuple[StepItem, int, int]] = []
 
-        def work_items() -> Iterator[_Work]:
+        def work_items() -> Iterator[tuple[Work, int]]:
             for window, step, num_steps, packs in self.planned_steps():
                 micro = assign(packs, self.world_size)
                 tokens = self.tokens_by_source(packs)
                 item = StepItem([], self._epoch(window), window, step, tokens)
                 pending.append((item, num_steps, len(micro)))
                 for of_ranks in micro:
-                    yield _Work([self._locate(ref) for ref in of_ranks[self.rank].samples])
+                    pack = of_ranks[self.rank]
+                    work = [self._locate(ref) for ref in pack.samples]
+                    yield work, expected_bytes(pack, work, self._spec)
 
-        workers = self.config.num_workers
-        batches = iter(
-            DataLoader(
-                self._dataset,
-                sampler=work_items(),
-                batch_size=None,
-                num_workers=workers,
-                prefetch_factor=self.config.prefetch_packs if workers else None,
-                worker_init_fn=_one_thread if workers else None,
-            )
-        )
-        while (first := next(batches, None)) is not None:
-            item, num_steps, num_micro = pending.pop(0)
-            item.micro_batches = [first, *(next(batches) for _ in range(num_micro - 1))]
-            last = item.step + 1 == num_steps
-            self._window, self._step = (
-                (item.window + 1, 0) if last else (item.window, item.step + 1)
-            )
-            yield item
+        with closing(self._batches(work_items())) as batches:
+            while (first := next(batches, None)) is not None:
+                item, num_steps, num_micro = pending.pop(0)
+                item.micro_batches = [first, *(next(batches) for _ in range(num_micro - 1))]
+                last = item.step + 1 == num_steps
+                self._window, self._step = (
+                    (item.window + 1, 0) if last else (item.window, item.step + 1)
+                )
+                yield item
+
+    def _batches(self, items: Iterable[tuple[Work, int]]) -> Generator[Batch]:
+        """Batches of work items, in their order; made here or by workers, which end with it."""
+        config = self.config
+        if not config.num_workers:
+            for work, _ in items:
+                yield self._make(work, lambda number: None)
+            return
+        with Prefetcher(
+            self._make,
+            num_workers=config.num_workers,
+            max_bytes=config.prefetch_bytes,
+            memory_bytes=config.worker_memory_bytes,
+            describe=describe,
+        ) as prefetcher:
+            yield from prefetcher.results(items)
 
     def tokens_by_source(self, packs: Sequence[PackSpec]) -> dict[str, int]:
         """Planned tokens of a global step by the name of the source."""
@@ -384,10 +377,21 @@ def build_loader(
     )
 
 
-def _shard_name(shard: str) -> str:
-    return shard.rpartition("/")[2]
+def expected_bytes(pack: PackSpec, work: Work, spec: ModelSpec) -> int:
+    """Return about what a pack takes while it is made: its members and the batch, from the index.
 
-
-def _one_thread(_: int) -> None:
-    # Workers share the cores with the ranks; more threads than cores slow all of them down.
-    torch.set_num_threads(1)
+    Sound is padded to whole chunks, one for each sound at most.
+    """
+    places = [place for sample in work for info in sample.row.media for place in info.places()]
+    sounds = sum(info.has_audio for sample in work for info in sample.row.media)
+    patches = round(pack.vision_cost / VISION_COST_PER_PATCH)
+    frames = 2 * round(pack.audio_cost / AUDIO_COST_PER_CONV_FRAME)
+    frames += sounds * spec.audio_chunk_frames
+    return (
+        sum(sample.row.json_size for sample in work)
+        + sum(place.size for place in places)
+        + patches * (3 * spec.temporal_patch_size * spec.patch_size**2 + _BYTES_PER_PATCH)
+        + frames * (4 * spec.num_mel_bins + _BYTES_PER_FRAME)
+        + pack.num_tokens * _BYTES_PER_TOKEN
+        + _BYTES_PER_PACK
+    )

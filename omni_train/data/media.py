@@ -2,7 +2,7 @@
 
     probe         bytes -> MediaInfo, by decoding everything once (offline, for the index)
     probe_pictures  the same for a clip whose frames are pictures of their own
-    decode_image  bytes -> uint8 [1, 3, H, W]
+    decode_picture  bytes -> an RGB picture; `decode_image` gives it as uint8 [1, 3, H, W]
     decode_audio  bytes -> float32 [S], mono, 16 kHz; also of a clip's sound
     decode_video  bytes -> uint8 [N, 3, H, W], chosen frames
 
@@ -14,7 +14,9 @@ name: all input is bytes.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import TypeVar
 
@@ -36,7 +38,8 @@ from omni_train.data.clip import (
     probe_clip,
 )
 from omni_train.data.container import check_wav
-from omni_train.data.image import resize
+from omni_train.data.image import resize, to_frame
+from omni_train.data.stretch import decode_stretch
 from omni_train.data.types import MediaInfo, MediaKind
 from omni_train.data.video import MICROSECONDS, regular_times_us
 from omni_train.speech.mel import SAMPLE_RATE_HZ
@@ -57,7 +60,7 @@ KIND_OF_SUFFIX = {
     ".mkv": MediaKind.video,
     ".webm": MediaKind.video,
 }
-_READ_FRAMES = 1 << 20
+_READ_FRAMES = 1 << 16
 
 IntOrArray = TypeVar("IntOrArray", int, NDArray[np.int64])
 
@@ -75,18 +78,19 @@ def probe(data: bytes, member: str) -> MediaInfo:
     if kind is MediaKind.video:
         return probe_clip(data, member)
     if kind is MediaKind.image:
-        height, width = decode_image(data).shape[-2:]
+        width, height = decode_picture(data).size
         return MediaInfo(kind=kind, member=member, width=width, height=height, num_frames=1)
-    wave, rate_hz, num_channels = _read_sound(data)
-    return MediaInfo(
-        kind=kind,
-        member=member,
-        has_audio=True,
-        num_audio_samples=len(wave),
-        sample_rate_hz=rate_hz,
-        num_channels=num_channels,
-        duration_us=len(wave) * MICROSECONDS // rate_hz,
-    )
+    with _opened_sound(data) as file:
+        num_samples = sum(map(len, _mono_blocks(file)))
+        return MediaInfo(
+            kind=kind,
+            member=member,
+            has_audio=True,
+            num_audio_samples=num_samples,
+            sample_rate_hz=file.samplerate,
+            num_channels=file.channels,
+            duration_us=num_samples * MICROSECONDS // file.samplerate,
+        )
 
 
 def probe_pictures(piece: MediaPiece, media: Mapping[str, bytes]) -> MediaInfo:
@@ -139,27 +143,46 @@ def decode_audio(data: bytes, info: MediaInfo) -> Tensor:
         DataError: `truncated` where less or more was decoded than declared, `stale_index` where the
             sample rate is another one, `empty_audio`, `non_finite`, and the container's own.
     """
+    if info.first_sample is not None:
+        length = num_samples_16k(info.num_audio_samples, info.sample_rate_hz)
+        return torch.from_numpy(decode_stretch(data, info, length))
     if info.kind is MediaKind.video and not info.parts:
-        wave, rate_hz = decode_clip_sound(data)
+        wave, rate_hz, _ = decode_clip_sound(data)
         _check_wave(wave)
-    else:
-        wave, rate_hz, _ = _read_sound(data)
+        return _at_16_khz([wave], rate_hz, info)
+    with _opened_sound(data) as file:
+        return _at_16_khz(_mono_blocks(file), file.samplerate, info)
+
+
+def _at_16_khz(blocks: Iterable[NDArray[np.float32]], rate_hz: int, info: MediaInfo) -> Tensor:
+    """Return float32 [S] at 16 kHz of a sound that comes in blocks, which are not kept."""
     if rate_hz != info.sample_rate_hz:
         raise DataError("stale_index", f"{rate_hz} Hz decoded, {info.sample_rate_hz} declared")
-    if len(wave) != info.num_audio_samples:
-        raise DataError(
-            "truncated", f"{len(wave)} samples decoded, {info.num_audio_samples} declared"
-        )
-    if rate_hz != SAMPLE_RATE_HZ:
-        wave = soxr.resample(wave, rate_hz, SAMPLE_RATE_HZ, quality="HQ")
     # The resampler's own count may be one off; `measure` needs a count that follows from the index.
-    length = num_samples_16k(info.num_audio_samples, rate_hz)
-    wave = np.pad(wave[:length], (0, max(0, length - len(wave))))
-    return torch.from_numpy(wave.astype(np.float32, copy=False))
+    wave = np.zeros(num_samples_16k(info.num_audio_samples, rate_hz), np.float32)
+    resampler = soxr.ResampleStream(rate_hz, SAMPLE_RATE_HZ, 1, dtype="float32", quality="HQ")
+    num_decoded = num_done = 0
+    for block in chain(blocks, [np.zeros(0, np.float32)]):
+        num_decoded += len(block)
+        if rate_hz != SAMPLE_RATE_HZ:
+            block = resampler.resample_chunk(block, last=not len(block))
+        fitting = block[: len(wave) - num_done]
+        wave[num_done : num_done + len(fitting)] = fitting
+        num_done += len(fitting)
+    if num_decoded != info.num_audio_samples:
+        raise DataError(
+            "truncated", f"{num_decoded} samples decoded, {info.num_audio_samples} declared"
+        )
+    return torch.from_numpy(wave)
 
 
 def decode_image(data: bytes) -> Tensor:
-    """Return uint8 [1, 3, H, W], RGB, turned as its EXIF data say.
+    """Return uint8 [1, 3, H, W] of a picture; see `decode_picture`."""
+    return to_frame(decode_picture(data))
+
+
+def decode_picture(data: bytes) -> Image.Image:
+    """Return a picture in RGB, turned as its EXIF data say.
 
     Raises:
         DataError: `too_large`, `truncated`, `corrupt`, or `bad_container` for another format.
@@ -171,11 +194,14 @@ def decode_image(data: bytes) -> Tensor:
                     "too_large",
                     f"{picture.width}x{picture.height} is over {MAX_IMAGE_PIXELS} pixels",
                 )
-            upright = ImageOps.exif_transpose(picture)
+            # In place and only where needed: either call copies a picture that is right already.
+            ImageOps.exif_transpose(picture, in_place=True)
+            picture.load()
+            upright: Image.Image = picture
             if upright.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
                 values = np.asarray(upright, dtype=np.int32) >> 8
                 upright = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-            pixels = np.array(upright.convert("RGB"))
+            return upright if upright.mode == "RGB" else upright.convert("RGB")
     except Image.DecompressionBombError as error:
         raise DataError("too_large", str(error)) from error
     except UnidentifiedImageError as error:
@@ -185,7 +211,6 @@ def decode_image(data: bytes) -> Tensor:
             raise
         reason = "truncated" if "truncated" in str(error) else "corrupt"
         raise DataError(reason, str(error)) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 
 def decode_video(
@@ -210,33 +235,51 @@ def decode_pictures(
         yield resize(pixels, *size)
 
 
-def _read_sound(data: bytes) -> tuple[NDArray[np.float32], int, int]:
-    """Return (float32 [S] mono at the file's rate, that rate in Hz, channels) of a sound file."""
+class SoundInOrder(soundfile.SoundFile):
+    """A sound file that is read from its start to its end.
+
+    soundfile seeks to where it is after each read if it can, and a seek costs an mp3 the bits that
+    its next frames are made from.
+    """
+
+    def seekable(self) -> bool:
+        """Return False, so that no read is followed by a seek."""
+        return False
+
+
+@contextmanager
+def _opened_sound(data: bytes) -> Iterator[soundfile.SoundFile]:
+    """Open a sound file after checking what it declares; its errors become DataErrors."""
     check_wav(data)
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
+        with SoundInOrder(io.BytesIO(data)) as file:
             if file.format not in SOUND_FORMATS:
                 raise DataError("bad_container", f"sound is {file.format}, not {SOUND_FORMATS}")
             check_sound_format(file.samplerate, file.channels)
-            limit = MAX_AUDIO_S * file.samplerate
-            if file.frames > limit:
+            if file.frames > MAX_AUDIO_S * file.samplerate:
                 raise DataError(
                     "too_long",
                     f"{file.frames / file.samplerate:.0f} s declared, {MAX_AUDIO_S} allowed",
                 )
-            parts: list[NDArray[np.float32]] = []
-            while len(block := file.read(_READ_FRAMES, dtype="float32", always_2d=True)):
-                parts.append(block.mean(axis=1, dtype=np.float32))
-                if sum(map(len, parts)) > limit:
-                    raise DataError("too_long", f"more than {MAX_AUDIO_S} s of sound")
-            declared, rate_hz, channels = file.frames, file.samplerate, file.channels
+            yield file
     except soundfile.LibsndfileError as error:
         raise DataError("corrupt", f"libsndfile says: {error}") from error
-    wave = np.concatenate(parts) if parts else np.zeros(0, np.float32)
-    if len(wave) != declared:
-        raise DataError("truncated", f"{len(wave)} samples decoded, {declared} declared")
-    _check_wave(wave)
-    return wave, rate_hz, channels
+
+
+def _mono_blocks(file: soundfile.SoundFile) -> Iterator[NDArray[np.float32]]:
+    """Yield float32 [_READ_FRAMES or, at the end, fewer]: the mean of the channels."""
+    num_samples = 0
+    while len(block := file.read(_READ_FRAMES, dtype="float32", always_2d=True)):
+        mono: NDArray[np.float32] = block.mean(axis=1, dtype=np.float32)
+        _check_wave(mono)
+        num_samples += len(mono)
+        if num_samples > MAX_AUDIO_S * file.samplerate:
+            raise DataError("too_long", f"more than {MAX_AUDIO_S} s of sound")
+        yield mono
+    if num_samples != file.frames:
+        raise DataError("truncated", f"{num_samples} samples decoded, {file.frames} declared")
+    if not num_samples:
+        raise DataError("empty_audio", "the sound has no samples")
 
 
 def _check_wave(wave: NDArray[np.float32]) -> None:

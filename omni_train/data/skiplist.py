@@ -49,9 +49,14 @@ def read_skip_list(root: str | Path | Root) -> dict[str, dict[str, str]]:
     return skip
 
 
-def write_skip_list(root: str | Path, skip: dict[str, dict[str, str]]) -> Path:
-    """Write the list, sorted, whole or not at all; return its path."""
-    path = Path(root) / SKIP_NAME
+def write_skip_list(
+    root: str | Path, skip: dict[str, dict[str, str]], *, name: str = SKIP_NAME
+) -> Path:
+    """Write the list into a directory, sorted, whole or not at all; return its path.
+
+    Under another name it takes no effect until it is renamed or copied.
+    """
+    path = Path(root) / name
     ordered = {shard: dict(sorted(skip[shard].items())) for shard in sorted(skip) if skip[shard]}
     record = {"schema_version": SCHEMA_VERSION, "skip": ordered}
     write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())

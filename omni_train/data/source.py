@@ -6,13 +6,13 @@ Memory holds the shards that are shuffled together, not the set.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
@@ -21,7 +21,7 @@ from omni_train.data.chatml import count_text_tokens
 from omni_train.data.columns import MEASURED_COLUMNS, measure_table
 from omni_train.data.config import DataConfig
 from omni_train.data.fetch import read_member
-from omni_train.data.filters import Counted, FilterConfig, count, decide
+from omni_train.data.filters import FILTER_COLUMNS, Counted, FilterConfig, count, decide
 from omni_train.data.index import index_path, read_manifest, read_table, rows_of
 from omni_train.data.measure import Costs, measure
 from omni_train.data.plan import join_costs, token_slice
@@ -108,8 +108,11 @@ class ShardSource(ShardSet):
         self._config, self._spec, self._tokenizer = config, spec, tokenizer
         self.costs = lru_cache(maxsize=cached)(self._costs)
         self.parts = lru_cache(maxsize=cached)(self._parts)
-        self._dropped, self.left_out = self._decide()
-        self.totals, self.mean_tokens = self._count_tokens()
+        self._columns = lru_cache(maxsize=1)(self._read_columns)
+        self._skip = read_skip_list(self.root)
+        self._dropped: dict[int, NDArray[np.int64]] = {}
+        self.left_out: dict[str, Counted] = {}
+        self.totals, self.mean_tokens = self._survey()
         self.epoch_tokens = sum(self.totals)
 
     def window(
@@ -149,7 +152,7 @@ class ShardSource(ShardSet):
         def rows(numbers: list[int]) -> list[IndexRow]:
             return rows_of(self.table(number).take(numbers))
 
-        table = self._table(number, MEASURED_COLUMNS)
+        table = self._columns(number)
         costs = measure_table(table, self._config.processing, self._spec, rows)
         if not np.any(costs.num_tokens > self._config.pack_tokens):
             return costs
@@ -167,18 +170,38 @@ class ShardSource(ShardSet):
             row = self.row(number, int(number_of_row))
             if not can_split(row):
                 continue
-            place = (row.json_offset, row.json_size, row.json_xxh3)
             try:
-                record = json.loads(read_member(self.path_of(number), *place, self.root.store))
-                parts = split_recording(record, row, budget, self._count_text)
-            except (DataError, ValueError):
+                parts = self._split(number, row)
+            except DataError as error:
+                # A store out of reach on one rank alone would give that rank another plan.
+                if error.reason == "unreachable":
+                    raise
                 # It stays over the budget, and the plan reports it so.
                 continue
             found += [(int(number_of_row), part) for part in parts]
         return found
 
-    def _count_text(self, messages: Sequence[Mapping[str, Any]]) -> int:
-        return count_text_tokens(messages, self._tokenizer)[0]
+    def _split(self, number: int, row: IndexRow) -> list[Part]:
+        config, budget = self._config.processing, self._config.pack_tokens
+        place = (row.json_offset, row.json_size, row.json_xxh3)
+        try:
+            record = json.loads(read_member(self.path_of(number), *place, self.root.store))
+        except ValueError as error:
+            raise DataError("bad_json", str(error), key=row.key) from error
+        return split_recording(record, row, budget, self._count_text, config, self._spec)
+
+    def why_whole(self, shard: int, row: int) -> str:
+        """Say why a sample over the budget was not split; '' for one of a kind that never is."""
+        found = self.row(shard, row)
+        if can_split(found):
+            try:
+                self._split(shard, found)
+            except DataError as error:
+                return error.detail
+        return ""
+
+    def _count_text(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+        return count_text_tokens(messages, self._tokenizer)
 
     def _stream_tokens(self, number: int) -> NDArray[np.int64]:
         """Length of each sample in the stream: 0 if left out, 1 if the plan will refuse it."""
@@ -192,40 +215,49 @@ class ShardSource(ShardSet):
             tokens[self.counts[number] :][np.isin(whole, gone)] = 0
         return tokens
 
-    def _decide(self) -> tuple[dict[int, NDArray[np.int64]], dict[str, Counted]]:
-        """Rows left out by filters and by the skip list, by shard; how many and why."""
-        skip = read_skip_list(self._config.sources[self.name].path)
-        filters = self._config.filters
-        filtered = filters != FilterConfig()
-        dropped: dict[int, NDArray[np.int64]] = {}
-        samples: Counter[str] = Counter()
-        hours: Counter[str] = Counter()
-        seen: set[str] = set()
-        for number, shard in enumerate(self.manifest.shards):
-            if not filtered and not skip.get(shard.name):
-                continue
-            rows = self.rows(number)
-            named = skip.get(shard.name, {})
-            kept = [row for row in rows if row.key not in named]
-            by_filter = iter(decide(kept, filters, seen=seen))
-            reasons = [SKIP_LISTED if row.key in named else next(by_filter) for row in rows]
-            dropped[number] = np.flatnonzero([reason != "" for reason in reasons])
-            for reason, counted in count(rows, reasons).items():
-                samples[reason] += counted.samples
-                hours[reason] += counted.hours  # type: ignore[assignment]
-        left_out = {r: Counted(samples[r], hours[r]) for r in sorted(samples) if r}
-        return dropped, left_out
+    def _read_columns(self, number: int) -> pa.Table:
+        """What deciding and measuring need of an index, read at once."""
+        columns = (*MEASURED_COLUMNS, *(FILTER_COLUMNS if self._decides(number) else ()))
+        return self._table(number, list(dict.fromkeys(columns)))
 
-    def _count_tokens(self) -> tuple[list[int], float]:
-        """Stream tokens of each shard, and the mean of a used sample."""
+    def _decides(self, number: int) -> bool:
+        """Whether rows of a shard may be left out."""
+        named = self._skip.get(self.manifest.shards[number].name)
+        return bool(named) or self._config.filters != FilterConfig()
+
+    def _survey(self) -> tuple[list[int], float]:
+        """Go through the indexes: stream tokens of each shard, and the mean of a used sample.
+
+        Filters see every shard, as a duplicate may be in any two.
+        """
         stride = -(-len(self.counts) // MAX_COUNTED_SHARDS)
         counted: dict[int, int] = {}
         used = rows = 0
-        for number in range(0, len(self.counts), stride):
-            tokens = self._stream_tokens(number)
-            counted[number] = int(tokens.sum())
-            used += int(np.count_nonzero(tokens))
-            rows += self.counts[number]
+        seen: set[str] = set()
+        for number in range(len(self.counts)):
+            if self._decides(number):
+                self._leave_out(number, seen)
+            if number % stride == 0:
+                tokens = self._stream_tokens(number)
+                counted[number] = int(tokens.sum())
+                used += int(np.count_nonzero(tokens))
+                rows += self.counts[number]
         per_row = sum(counted.values()) / max(rows, 1)
         totals = [counted.get(n, round(per_row * size)) for n, size in enumerate(self.counts)]
+        self.left_out = dict(sorted(self.left_out.items()))
         return totals, sum(counted.values()) / max(used, 1)
+
+    def _leave_out(self, number: int, seen: set[str]) -> None:
+        """Note which rows of a shard filters and skip list leave out, and count them by reason."""
+        table = self._columns(number)
+        named = self._skip.get(self.manifest.shards[number].name, {})
+        listed = pc.is_in(table.column("key"), pa.array(named, pa.string())).to_numpy()
+        reasons = np.full(table.num_rows, SKIP_LISTED, dtype=np.object_)
+        rest = table.filter(pa.array(~listed)) if listed.any() else table
+        reasons[~listed] = decide(rest, self._config.filters, seen=seen)
+        self._dropped[number] = np.flatnonzero(reasons != "")
+        for reason, more in count(table, reasons).items():
+            if reason:
+                so_far = self.left_out.get(reason, Counted(0, 0.0))
+                samples, hours = so_far.samples + more.samples, so_far.hours + more.hours
+                self.left_out[reason] = Counted(samples, hours)

@@ -163,6 +163,12 @@ class Root:
     location: str
     store: Store
 
+    @property
+    def folder(self) -> Path | None:
+        """The directory on a disk; None in a store."""
+        scheme, place = split_scheme(self.location)
+        return Path(place) if scheme == "file" else None
+
     def url_of(self, name: str) -> str:
         """Return where a file of the directory lies."""
         scheme, place = split_scheme(self.location)
@@ -279,16 +285,30 @@ def _attempt_fsspec(
             rule=f"{scheme}:// needs the package {FSSPEC_PACKAGES[scheme]}",
             remedy=f"pip install {FSSPEC_PACKAGES[scheme]}, or copy the data to a disk",
         ) from error
+    if size is not None and len(found) >= size:
+        return
     path = url.partition("://")[2]
     start = offset + len(found)
-    limit_s = min(deadline - time.monotonic(), stall_s)
     stop = None if size is None else offset + size
-    found += _within(limit_s, lambda: files.cat_file(path, start=start, end=stop))
-    if size is not None and len(found) < size:
-        total = _within(limit_s, lambda: files.info(path)["size"])
-        if total is not None and total < offset + size:
-            raise DataError("truncated", f"the object has {total} bytes of {offset + size}")
-        raise TransientError(f"short read: {len(found)} of {size} bytes")
+
+    def limit_s() -> float:
+        return min(deadline - time.monotonic(), stall_s)
+
+    try:
+        found += _within(limit_s(), lambda: files.cat_file(path, start=start, end=stop))
+        problem = TransientError(f"short read: {len(found)} of {size} bytes")
+    except TransientError as error:
+        if error.__cause__ is None:  # silence; asking for more would only wait again
+            raise
+        # A range that begins behind the end is an error, in each package one of its own.
+        problem = error
+    else:
+        if size is None or len(found) >= size:
+            return
+    total = _within(limit_s(), lambda: files.info(path)["size"])
+    if size is not None and total is not None and total < offset + size:
+        raise DataError("truncated", f"the object has {total} bytes of {offset + size}")
+    raise problem
 
 
 def _within(limit_s: float, call: Callable[[], Any]) -> Any:

@@ -90,6 +90,8 @@ class MediaInfo:
             `"audio_in_video": false`); not a fact of the file, so probing never sets it.
         parts: members of a clip given as pictures, one for each frame, then its sound if it names
             one; empty for a medium that is one member.
+        first_sample: of a part of a long recording or clip, how many samples of the whole's sound
+            come before it (split.py); None for a whole. An index holds wholes only.
     """
 
     kind: MediaKind
@@ -112,6 +114,7 @@ class MediaInfo:
     duration_us: int = 0
     use_audio: bool = True
     parts: list[MemberPlace] = field(default_factory=list)
+    first_sample: int | None = None
 
     def places(self) -> list[MemberPlace]:
         """Every member that the medium is read from."""

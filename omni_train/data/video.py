@@ -60,7 +60,8 @@ def plan_clip(info: MediaInfo, config: ProcessingConfig, spec: ModelSpec) -> Cli
     times = frame_times_us(info)
     num_samples = info.num_audio_samples if info.has_audio and info.use_audio else 0
     mismatch_us = 0
-    if num_samples:
+    # A part of a clip was cut on purpose: the policy was asked about the whole.
+    if num_samples and info.first_sample is None:
         picture_end_us = _picture_end_us(times, info)
         sound_us = num_samples * MICROSECONDS // info.sample_rate_hz
         mismatch_us = info.audio_start_us + sound_us - picture_end_us

@@ -56,8 +56,9 @@ def log_mel(wave: Tensor, num_mel_bins: int = 128) -> Tensor:
         return torch.zeros(num_mel_bins, 0)
     padded = torch.nn.functional.pad(wave.to(torch.float32), (0, SILENCE_SAMPLES))
     spectrum = torch.stft(padded, NUM_FFT, HOP_SAMPLES, window=_window(), return_complex=True)
-    # The extractor drops its last frame too; the product is far slower on a strided view.
-    power = (spectrum[:, :-1].abs() ** 2).contiguous()
+    # The sum of squares, since the root that `abs` takes would be undone at once. The extractor
+    # drops its last frame too; the product is far slower on a strided view.
+    power = (spectrum.real.square() + spectrum.imag.square())[:, :-1].contiguous()
     mel = (_filters(num_mel_bins) @ power).clamp_(min=FLOOR_POWER).log10_()
     mel = torch.maximum(mel, mel.max() - DYNAMIC_RANGE)[:, :frames]
     return ((mel + 4.0) / 4.0).contiguous()

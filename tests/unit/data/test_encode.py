@@ -7,8 +7,8 @@ import torch
 from omni_train.config.errors import DataError
 from omni_train.data.chatml import count_text_tokens
 from omni_train.data.encode import encode
-from omni_train.data.image import patchify, resize
-from omni_train.data.media import decode_audio, decode_image, decode_video, probe
+from omni_train.data.image import patchify, resize, resize_picture
+from omni_train.data.media import decode_audio, decode_picture, decode_video, probe
 from omni_train.data.types import IndexRow, ProcessingConfig, RawSample
 from omni_train.speech.mel import log_mel
 from tests.unit.data.clips import clip, every, tone, wav
@@ -93,7 +93,7 @@ def test_order_of_media_arrays_is_the_order_of_placeholders():
     assert sample.grid_thw.tolist()[0] == [1, 4, 6]
     assert sample.grid_thw[:, 0].tolist() == [1, 2, 1]
     sizes = sample.grid_thw.prod(1).tolist()
-    expected, _ = patchify(resize(decode_image(media["3.png"]), 112, 56), SPEC)
+    expected, _ = patchify(resize_picture(decode_picture(media["3.png"]), 112, 56), SPEC)
     assert torch.equal(sample.patches[-sizes[2] :], expected)
     info = probe(media["2.mp4"], "2.mp4")
     grid = sample.grid_thw[1].tolist()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import struct
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_pipelines.shards import Sample, write_shards
 from omni_train.config.errors import ConfigError, DataError
 from omni_train.data.config import DataConfig, SourceConfig
 from omni_train.data.encode import encode
 from omni_train.data.fetch import fetch
-from omni_train.data.loader import PlannedLoader, source_hashes
+from omni_train.data.loader import PlannedLoader, expected_bytes, source_hashes
 from omni_train.data.measure import measure
+from omni_train.data.segment import write_segment
 from omni_train.data.skiplist import write_skip_list
 from omni_train.data.source import ShardSource
 from omni_train.data.tokenizer import load_tokenizer
@@ -24,6 +29,7 @@ from omni_train.data.types import ModelSpec, ProcessingConfig
 from omni_train.engine.types import StepItem
 from omni_train.models.config import ModelPreset
 from omni_train.models.presets import build_config, model_spec
+from tests.unit.data.samples import SPEC, TOKENIZER
 
 SUBSETS = ("text", "asr", "caption", "av", "dialogue")
 PROCESSING = ProcessingConfig(video_fps=4.0, video_min_pixels=3136)
@@ -106,6 +112,85 @@ def test_global_steps_do_not_depend_on_the_world_size(corpus: Path, world_size: 
         assert sorted(key for item in items for key in keys(item)) == step
 
 
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dialogues of text alone: 200 of several lengths, in four shards."""
+    root = tmp_path_factory.mktemp("texts")
+    samples = []
+    for number in range(200):
+        question = {"role": "user", "content": "which word was said " * (1 + number % 5)}
+        reply = {"role": "assistant", "content": f"number {number}"}
+        samples.append(Sample(f"t-{number:03d}", {"messages": [question, reply]}, {}))
+    write_shards(samples, root, tokenizer=TOKENIZER, samples_per_shard=50)
+    return root
+
+
+def text_steps(root: Path, *, rank: int, world_size: int, num_workers: int) -> list[list[str]]:
+    """Keys of three global steps of a rank, in their order, after resuming from the first."""
+    found = []
+    state = None
+    for num_steps in (1, 2):
+        loader = PlannedLoader(
+            DataConfig(
+                sources={"text": SourceConfig(path=str(root))},
+                pack_tokens=256,
+                global_batch_packs=16,
+                num_workers=num_workers if state else 0,
+            ),
+            tokenizer=TOKENIZER,
+            spec=SPEC,
+            rank=rank,
+            world_size=world_size,
+            seed=5,
+            ledger=Ledger(),
+        )
+        if state:
+            loader.load_state(state)
+        with closing(loader.steps()) as steps:
+            found += [keys(item) for item in islice(steps, num_steps)]
+        state = loader.state()
+    return found
+
+
+@pytest.mark.parametrize(
+    "with_workers", ["one rank", pytest.param("all ranks", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_global_steps_do_not_depend_on_ranks_and_workers(
+    texts: Path, world_size: int, num_workers: int, with_workers: str
+) -> None:
+    def steps(rank: int, number: int) -> list[list[str]]:
+        return text_steps(texts, rank=rank, world_size=world_size, num_workers=number)
+
+    ranks = range(world_size)
+    of_ranks = [steps(rank, 0) for rank in ranks]
+    for rank in ranks if with_workers == "all ranks" else [world_size // 2]:
+        # Workers change nothing, not even the order in a rank.
+        assert not num_workers or steps(rank, num_workers) == of_ranks[rank]
+    got = [sorted(key for rank in step for key in rank) for step in zip(*of_ranks, strict=True)]
+    wanted = [sorted(step) for step in text_steps(texts, rank=0, world_size=1, num_workers=0)]
+    assert all(len(step) > 20 for step in wanted)
+    assert got == wanted
+
+
+def test_the_bytes_of_a_batch_are_known_before_it_is_made(corpus: Path) -> None:
+    for names in (("text",), ("asr",), ("caption",), ("av",)):
+        loader = make_loader(corpus, names=names, pack_tokens=1024)
+        tokenizer = load_tokenizer(corpus / "tokenizer")
+        for _, _, _, packs in islice(loader.planned_steps(), 2):
+            for pack in packs:
+                work = [loader._locate(ref) for ref in pack.samples]
+                expected = expected_bytes(pack, work, spec_of(tokenizer))
+                fd = write_segment(loader._make(work, lambda number: None))
+                made, pickled = os.fstat(fd).st_size, struct.unpack("<Q", os.pread(fd, 8, 0))[0]
+                os.close(fd)
+                # Names of fields and keys of samples, and not one value of their media.
+                assert pickled < 6_000 < made, names
+                media = sum(p.size for s in work for i in s.row.media for p in i.places())
+                assert made <= expected <= 4 * made + media, names
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_resume_continues_exactly(corpus: Path, num_workers: int) -> None:
     loader = make_loader(corpus)
@@ -127,6 +212,9 @@ def test_a_state_of_other_data_mixture_or_processing_is_refused(
 ) -> None:
     state = make_loader(corpus).state()
     make_loader(corpus, num_workers=2, max_bad_share=0.5).load_state(state)
+    make_loader(corpus, num_workers=1, prefetch_bytes=9, worker_memory_bytes=1 << 40).load_state(
+        state
+    )
     with pytest.raises(ConfigError, match=r"data\.pack_tokens: 512 -> 600"):
         make_loader(corpus, pack_tokens=600).load_state(state)
     with pytest.raises(ConfigError, match=r"data\.sources\.av\.weight: 1\.0 -> None"):

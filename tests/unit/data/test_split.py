@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from omni_train.data.config import DataConfig, SourceConfig
 from omni_train.data.loader import PlannedLoader
 from omni_train.data.media import decode_audio
 from omni_train.data.split import BLOCK_S, RATE_HZ, Part, can_split, cut, split_recording
-from omni_train.data.types import IndexRow, RawSample
+from omni_train.data.types import IndexRow, ProcessingConfig, RawSample
 from tests.unit.data.clips import tone, wav
 from tests.unit.data.samples import SPEC, TOKENIZER, raw_sample
 
@@ -47,12 +48,12 @@ def sample(seconds: float, rate_hz: int = RATE_HZ) -> RawSample:
     return raw
 
 
-def count(messages: Any) -> int:
-    return count_text_tokens(messages, TOKENIZER)[0]
+def count(messages: Any) -> tuple[int, int]:
+    return count_text_tokens(messages, TOKENIZER)
 
 
 def parts_of(raw: RawSample, budget: int = BUDGET) -> list[Part]:
-    return split_recording(raw.record, raw.row, budget, count)
+    return split_recording(raw.record, raw.row, budget, count, ProcessingConfig(), SPEC)
 
 
 def test_parts_are_the_whole_recording_on_block_boundaries_with_its_words() -> None:
@@ -74,7 +75,9 @@ def test_a_part_is_heard_as_the_same_stretch_of_the_whole() -> None:
     whole = decode_audio(raw.media["0.wav"], raw.row.media[0])
     pieces = [cut(raw, part) for part in parts_of(raw)]
     heard = [decode_audio(p.media["0.wav"], p.row.media[0]) for p in pieces]
-    assert torch.equal(torch.cat(heard), whole)
+    assert [len(wave) for wave in heard] == [part.stop - part.start for part in parts_of(raw)]
+    # The resampler computes in float32, in another order.
+    assert torch.allclose(torch.cat(heard), whole, rtol=0, atol=1e-6)
     assert [p.record["messages"][-1]["content"] for p in pieces] == [p.text for p in parts_of(raw)]
     assert len({p.row.key for p in pieces}) == len(pieces)
 
@@ -91,13 +94,27 @@ def test_no_cut_inside_a_word() -> None:
     assert {2, 4, 6}.isdisjoint({part.start / RATE_HZ for part in parts_of(raw)})
 
 
+# Twice as late as they are said, as in a list of times in another unit.
+LATE = [
+    {"start_s": 2 * s["start_s"], "end_s": 2 * s["end_s"], "text": s["text"]}
+    for s in record(20)["segments"]
+]
+
+
 @pytest.mark.parametrize(
     ("change", "detail"),
     [
         ({"segments": []}, "without segments"),
         ({"segments": [{"start_s": 0.0, "end_s": 1.0, "text": "another"}]}, "not the reply"),
-        ({"segments": [{"start": 0.0}]}, "cannot be read"),
-        ({"segments": [{"start_s": 0.0, "end_s": 30.0, "text": None}]}, "not the reply"),
+        ({"segments": {"start_s": 0.0}}, "not a list"),
+        ({"segments": ["Hi"]}, "segment 1 is no object"),
+        ({"segments": [{"start": 0.0}]}, "no numbers"),
+        ({"segments": [{"start_s": 0.0, "end_s": True, "text": "Hi"}]}, "no numbers"),
+        ({"segments": [{"start_s": 2.0, "end_s": 1.0, "text": "Hi"}]}, "lasts from 2.0 to 1.0 s"),
+        ({"segments": [{"start_s": 0.0, "end_s": math.inf, "text": "Hi"}]}, "to inf s"),
+        ({"segments": [{"start_s": 0.0, "end_s": 30.0, "text": None}]}, "has the text None"),
+        ({"segments": [*record(3)["segments"], record(3)["segments"][0]]}, "segment 4 begins"),
+        ({"segments": LATE}, "begins at 38.6 s"),
     ],
 )
 def test_what_cannot_be_split_is_over_budget(change: dict[str, Any], detail: str) -> None:
@@ -151,6 +168,7 @@ def test_the_loader_delivers_every_part_once_and_reports_the_rest(
     assert keys == [*(f"long-{n:04d}" for n in range(number)), "short"]
     assert [row["key"] for row in ledger] == ["plain"]
     assert ledger[0]["reason"].startswith("over_budget")
+    assert ledger[0]["reason"].endswith("without segments")
     json.dumps(loader.state())
     assert sum(len(b.mel_lengths) for b in batches if b.keys) == number + 1
     assert np.all([b.num_target_tokens > 0 for b in batches if b.keys])

@@ -19,6 +19,7 @@ from data_pipelines.filters import (
 )
 from omni_train.config.errors import ConfigError, DataError
 from omni_train.data.filters import Counted, FilterConfig, count, decide
+from omni_train.data.index import table_of
 from omni_train.data.media import probe
 from omni_train.data.types import IndexRow, MediaInfo, MediaKind
 
@@ -117,27 +118,38 @@ def test_content_hash_ignores_the_wording_and_nothing_else() -> None:
     ],
 )
 def test_each_limit(limit: dict[str, Any], kept: IndexRow, dropped: IndexRow) -> None:
-    assert decide([kept, dropped], FilterConfig(**limit)) == ["", next(iter(limit))]
-    assert decide([kept, dropped], FilterConfig()) == ["", ""]
+    table = table_of([kept, dropped])
+    assert decide(table, FilterConfig(**limit)).tolist() == ["", next(iter(limit))]
+    assert decide(table, FilterConfig()).tolist() == ["", ""]
+    narrow = table_of([dropped, kept]).slice(1)
+    assert decide(narrow, FilterConfig(**limit)).tolist() == [""]
 
 
 def test_duplicates_across_shards_and_counts() -> None:
     seen: set[str] = set()
     config = FilterConfig(drop_duplicates=True, max_duration_s=3600)
-    first = [row("x", sound(7200)), row("a", sound(3600))]
-    second = [row("a", sound(1800)), row("x", sound(60))]
-    assert decide(first, config, seen=seen) == ["max_duration_s", ""]
+    first = table_of([row("x", sound(7200)), row("a", sound(3600))])
+    second = table_of([row("a", sound(1800)), row("x", sound(60))])
+    assert decide(first, config, seen=seen).tolist() == ["max_duration_s", ""]
     decisions = decide(second, config, seen=seen)
     # What was dropped before does not make its copy a duplicate.
-    assert decisions == ["drop_duplicates", ""]
+    assert decisions.tolist() == ["drop_duplicates", ""]
     assert count(second, decisions)["drop_duplicates"] == Counted(1, 0.5)
 
 
 def test_what_was_not_measured_cannot_be_limited() -> None:
-    rows = [row("a", content_hash="")]
-    assert decide(rows, FilterConfig(min_duration_s=1.0)) == [""]
-    with pytest.raises(DataError, match="not_measured"):
+    rows = table_of([row("a"), row("b", content_hash="")])
+    assert decide(rows, FilterConfig(min_duration_s=1.0)).tolist() == ["", ""]
+    with pytest.raises(DataError, match="not_measured") as caught:
         decide(rows, FilterConfig(max_silence_share=0.5))
+    assert caught.value.key == rows.column("key")[1].as_py()
+
+
+def test_the_first_limit_that_is_broken_is_the_reason() -> None:
+    config = FilterConfig(min_duration_s=1.0, max_aspect=2.0, languages=["en"])
+    rows = [row("a", sound(0.5), picture(9, 90)), row("b", picture(9, 90)), row("c", language="de")]
+    assert decide(table_of(rows), config).tolist() == ["min_duration_s", "max_aspect", "languages"]
+    assert decide(table_of([]), config).tolist() == []
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from omni_train.data.index import (
     write_manifest,
 )
 from omni_train.data.skiplist import read_skip_list, write_skip_list
+from omni_train.data.stores import open_root
 from omni_train.data.tokenizer import load_tokenizer, train_tokenizer
 from omni_train.data.types import IndexRow, ProcessingConfig
 from omni_train.models.config import ModelPreset
@@ -247,7 +248,7 @@ def crash_on_third(task: Task, shared: str) -> list[str]:
 
 def test_a_sample_that_kills_its_process_is_named_and_the_rest_is_checked() -> None:
     rows = [IndexRow(f"k{number}", 0, 0, "", [], 0, 0) for number in range(8)]
-    tasks = iter([Task(Path("a.tar"), tuple(rows[at : at + 4])) for at in (0, 4)])
+    tasks = iter([Task(open_root(Path("a")), "a.tar", tuple(rows[at : at + 4])) for at in (0, 4)])
     found = [
         text
         for _, texts in check_all(

@@ -220,7 +220,8 @@ def test_the_command_prints_ids_and_where_the_pictures_are(
 
 
 def test_a_place_may_hold_colons() -> None:
-    assert split_place("a:b/shard-1.tar:k") == (Path("a:b/shard-1.tar"), "k")
+    assert split_place("a:b/shard-1.tar:k") == (Path("a:b"), "shard-1.tar", "k")
+    assert split_place("s3://b/set/shard-1:k") == ("s3://b/set", "shard-1.tar", "k")
     with pytest.raises(ConfigError, match="SHARD:KEY"):
         split_place("shard-1.tar:")
 

@@ -245,3 +245,12 @@ def test_a_folder(tmp_path: Path, token_dir: Path) -> None:
         ("alone.txt", "missing_media"),
         ("notes.md", "unknown_media"),
     ]
+
+
+@pytest.mark.parametrize("value", [{"bytes": 5}, {"bytes": "UklGRg=="}, {"path": 3}, 7, {}, [1]])
+def test_media_that_are_neither_a_path_nor_bytes(
+    tmp_path: Path, token_dir: Path, value: Any
+) -> None:
+    path = write_lines(tmp_path / "own.jsonl", [{"audio": value, "text": "x", "task": "asr"}])
+    assert run(path, tmp_path / "o", token_dir, "jsonl") == []
+    assert [row["reason"] for row in rejections(tmp_path / "o")] == ["bad_media"]
