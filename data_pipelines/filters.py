@@ -114,6 +114,9 @@ def content_hash(record: Mapping[str, Any], row: IndexRow) -> str:
     for info in row.media:
         for place in info.places():
             digest.update(f"{info.kind.name}:{place.xxh3}\n".encode())
+    if row.speech is not None:
+        # The same words in another voice are another sample.
+        digest.update(f"speech:{row.speaker}:{row.speech.xxh3}\n".encode())
     roles = ("assistant",) if record.get("asked") else ("system", "user", "assistant")
     asked = sorted(dict(record.get("asked") or {}).items())
     texts = [(role, text) for role in roles for text in _texts(record, role)]

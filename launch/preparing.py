@@ -1,4 +1,4 @@
-"""`omni-train data prepare` and `data merge`: sources to shards."""
+"""`omni-train data prepare`, `data merge` and `data codes`: sources to shards, codes into them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 Add = Callable[..., argparse.ArgumentParser]
 
-ACTIONS = ("prepare", "merge")
+ACTIONS = ("prepare", "merge", "codes")
 FORMATS = ("jsonl", "llamafactory", "ms_swift", "hf_datasets", "folder")
 FOLDER_FORMATS = ("hf_datasets", "folder")
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def add_preparing(add: Add) -> None:
-    """Add the two commands."""
+    """Add the commands."""
     prepare = add(
         "prepare",
         "Turn a source of media and texts into shards; the same command again goes on.",
@@ -69,12 +69,27 @@ def add_preparing(add: Add) -> None:
         "omni-train data merge shards/all",
     )
     merge.add_argument("path", metavar="OUT", help="directory of the shards")
+    codes = add(
+        "codes",
+        "Add speech codes to spoken replies, as a new set; the same command again goes on.",
+        "omni-train data codes shards/talks shards/talks-codes --codec runs/speech_codec \\",
+        "    --tokenizer TOKENIZER",
+        "on several machines: --part 0/16 to --part 15/16, then once without --part",
+    )
+    codes.add_argument("path", metavar="SET", help="directory of shards with spoken replies")
+    codes.add_argument("out", metavar="OUT", help="directory of the new set")
+    codes.add_argument("--codec", required=True, help="run of speech_codec, or its codec directory")
+    codes.add_argument("--tokenizer", required=True, help="the tokenizer the set was indexed with")
+    codes.add_argument("--workers", type=int, help="processes; the default is one per CPU")
+    codes.add_argument("--part", metavar="I/N", help="only shards I, I+N, ...; then without")
 
 
 def run_preparing(args: argparse.Namespace) -> int:
-    """Run one of the two commands and return its exit code."""
+    """Run one of the commands and return its exit code."""
+    if args.action == "codes":
+        return _codes(args)
     from data_pipelines.merge import merge
-    from data_pipelines.prepare import Part, prepare
+    from data_pipelines.prepare import FOLDER, Part, prepare
 
     if args.action == "prepare":
         check_alone(args)
@@ -83,7 +98,8 @@ def run_preparing(args: argparse.Namespace) -> int:
         if args.slurm_array is not None:
             return run_array(args, name=job.source.name)
         check_writable(Path(args.out), remedy="choose another directory")
-        with _held(Path(args.out), part), _Progress() as progress:
+        out = Path(args.out)
+        with _held(out, part, out / FOLDER), _Progress() as progress:
             done = prepare(job, part=part, num_workers=workers, report=progress)
         num_rejected = sum(chunk.num_rejected for chunk in done)
         if args.part is not None:
@@ -104,6 +120,34 @@ def run_preparing(args: argparse.Namespace) -> int:
     )
     strict = args.action == "prepare" and args.strict
     return int(ExitCode.bad_data) if strict and merged.rejected else 0
+
+
+def _codes(args: argparse.Namespace) -> int:
+    from data_pipelines.codes import FOLDER, add_codes
+    from data_pipelines.prepare import Part
+    from omni_train.speech.codec import CodecConfig
+
+    part = None if args.part is None else _part(args.part)
+    workers = (os.cpu_count() or 1) if args.workers is None else args.workers
+    if not Path(args.path).is_dir():
+        raise FileNotFoundError(f"there is no directory {args.path}; give a set of shards")
+    out = Path(args.out)
+    check_writable(out, remedy="choose another directory")
+    with _held(out, part or Part(), out / FOLDER):
+        made = add_codes(
+            args.path,
+            out,
+            CodecConfig(path=args.codec),
+            tokenizer_dir=args.tokenizer,
+            part=part,
+            num_workers=workers,
+            report=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+    if made is None:
+        print(f"part {args.part} is done; run without --part when all are")
+    else:
+        print(f"{sum(shard.num_samples for shard in made.shards)} samples in {out}")
+    return 0
 
 
 def _job(args: argparse.Namespace) -> Job:
@@ -175,15 +219,14 @@ def _part(text: str) -> Part:
 
 
 @contextmanager
-def _held(out: Path, part: Part) -> Iterator[None]:
-    """Keep every other process from preparing the same part; SIGTERM gives it back (exit 75).
+def _held(out: Path, part: Part, folder: Path) -> Iterator[None]:
+    """Keep every other process from making the same part of `out`; locks lie in `folder`.
+
+    SIGTERM gives it back (exit 75).
 
     Raises:
         RunError: one does so now, or shares the work out differently (exit code 73).
     """
-    from data_pipelines.prepare import FOLDER
-
-    folder = out / FOLDER
     lock = folder / Path(part.file_name).with_suffix(".lock").name
     # Parts of another count have shards in common with this one.
     others = [

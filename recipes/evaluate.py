@@ -1,9 +1,11 @@
 """Stage 9: score a checkpoint on held-out data.
 
-In:       a checkpoint, and shards that no stage was trained on
+In:       a checkpoint, and shards that no stage was trained on; for speech, a codec
 Trained:  nothing
-Decoding: greedy, repetition penalty 1.0, on a plain replica per rank
-Out:      `evaluation` events and `predictions-<task>.jsonl` with every reply
+Decoding: text greedily, repetition penalty 1.0; speech sampled as each task says; on plain
+          replicas, one of each model per rank
+Out:      `evaluation` events and `predictions-<task>.jsonl` with every reply; for speech, some
+          waves in `audio/`
 """
 
 from __future__ import annotations
@@ -18,19 +20,22 @@ from omni_train.data.tokenizer import load_tokenizer
 from omni_train.data.types import ProcessingConfig
 from omni_train.engine.deepspeed import Precision
 from omni_train.engine.run import RunConfig, start_run
+from omni_train.evaluation.spoken import SpeechTask, evaluate_speech
 from omni_train.evaluation.tasks import EvaluationTask, evaluate_task
 from omni_train.models.build import build_replica
 from omni_train.models.config import ModelConfig
+from omni_train.speech.speaking import load_replicas
 from omni_train.tracking.config import TrackingConfig
 
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
-    """Root config of `evaluate`."""
+    """Root config of `evaluate`: `tasks` are replies in text, `speech` are spoken ones."""
 
     run: RunConfig
     model: ModelConfig
-    tasks: dict[str, EvaluationTask]
+    tasks: dict[str, EvaluationTask] = field(default_factory=dict)
+    speech: dict[str, SpeechTask] = field(default_factory=dict)
     processing: ProcessingConfig = field(default_factory=ProcessingConfig)
     precision: Precision = Precision.bf16
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -45,12 +50,12 @@ def validate(cfg: EvaluateConfig, world_size: int) -> None:
             rule="random weights have no score worth knowing",
             remedy="give a run, a checkpoint, or a directory of safetensors",
         )
-    if not cfg.tasks:
+    if not cfg.tasks and not cfg.speech:
         raise ConfigError(
             key="tasks",
             value={},
             rule="there is nothing to score",
-            remedy="add tasks.NAME.path=DIRECTORY and tasks.NAME.metric",
+            remedy="add tasks.NAME.path=DIRECTORY and tasks.NAME.metric, or speech.NAME.path",
         )
 
 
@@ -62,9 +67,16 @@ def main(raw: DictConfig) -> None:
         cfg.run, stage="evaluate", settings=cfg, typed=raw, tracking=cfg.tracking
     ) as run:
         tokenizer = load_tokenizer(cfg.model.tokenizer)
-        model = build_replica(cfg.model, tokenizer, cfg.precision, run.world.device)
+        device = run.world.device
+        if cfg.speech:
+            replicas = load_replicas(cfg.model, tokenizer, cfg.precision, device)
+            thinker = replicas.thinker
+        else:
+            thinker = build_replica(cfg.model, tokenizer, cfg.precision, device)
         for name, task in cfg.tasks.items():
-            evaluate_task(name, task, model, tokenizer, cfg.processing, run)
+            evaluate_task(name, task, thinker, tokenizer, cfg.processing, run)
+        for name, spoken in cfg.speech.items():
+            evaluate_speech(name, spoken, replicas, tokenizer, cfg.processing, run)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ def place_media(turns: Any, gathered: Gathered) -> list[dict[str, Any]]:
 
 def _placed(item: Any, gathered: Gathered) -> Any:
     kind = item.get("type") if isinstance(item, dict) else None
+    if kind == "speech":
+        return {**item, kind: gathered.add(MediaKind.audio, item.get(kind))}
     if not isinstance(kind, str) or kind not in MediaKind.__members__:
         return item
     value = item.get(kind)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -16,9 +17,12 @@ from transformers import PreTrainedTokenizerFast
 from omni_train.config.errors import DataError
 from omni_train.data.tokenizer import CHAT_TOKENS, encode_text
 from omni_train.data.types import MediaKind
+from omni_train.speech.codec import CODES_SUFFIX
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 ROLES = ("system", "user", "assistant")
+# Type of the item that says how a turn is spoken; it has no place among the ids.
+SPEECH = "speech"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +77,8 @@ def render(
     Args:
         messages: turns with `role` and `content`, a string or a list of items
             `{"type": "text"|"image"|"audio"|"video", <type>: value}`. A video may be a list of
-            pictures, with `fps` or `times_s` and, if it has sound, `audio`.
+            pictures, with `fps` or `times_s` and, if it has sound, `audio`. A spoken turn has an
+            item `{"type": "speech", "speech": member}` behind its text, which gives no id here.
         add_generation_prompt: end in `<|im_start|>assistant\\n`.
 
     Raises:
@@ -117,12 +122,16 @@ def render(
 
 
 def _items(content: Any, number: int) -> list[str | MediaPiece]:
-    """Content as strings and media pieces; neighbouring texts are joined, so tokenised as one."""
+    """Content as strings and media pieces; neighbouring texts are joined, so tokenised as one.
+
+    Speech stands between what is spoken and what comes next, so it ends a text.
+    """
     if isinstance(content, str):
         return [content]
     if not isinstance(content, list):
         raise DataError("bad_messages", f"content of turn {number} is neither text nor a list")
     items: list[str | MediaPiece] = []
+    spoken = False
     for entry in content:
         kind = entry.get("type") if isinstance(entry, Mapping) else None
         value = entry.get(kind) if isinstance(kind, str) else None
@@ -132,10 +141,13 @@ def _items(content: Any, number: int) -> list[str | MediaPiece]:
         if not isinstance(value, str):
             raise DataError("bad_messages", f"turn {number} has an item without a value: {entry!r}")
         if kind == "text":
-            if items and isinstance(items[-1], str):
+            if items and isinstance(items[-1], str) and not spoken:
                 items[-1] += value
             else:
                 items.append(value)
+            spoken = False
+        elif kind == SPEECH:
+            spoken = True
         elif isinstance(kind, str) and kind in MediaKind.__members__:
             items.append(MediaPiece(MediaKind[kind], value, entry.get("audio_in_video")))
         else:
@@ -196,6 +208,49 @@ def media_pieces(messages: Sequence[Mapping[str, Any]]) -> list[MediaPiece]:
         items = _items(turn.get("content"), number)
         pieces += [item for item in items if isinstance(item, MediaPiece)]
     return pieces
+
+
+def spoken_member(messages: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the member that a dialogue names as the speech of its last turn: a sound, or codes.
+
+    Raises:
+        DataError: `bad_messages` where speech stands anywhere but behind the text of a last turn
+            of the assistant, or names no member.
+    """
+    places = [
+        (number, at, entry.get(SPEECH))
+        for number, turn in enumerate(messages)
+        if isinstance(turn, Mapping) and isinstance(turn.get("content"), list)
+        for at, entry in enumerate(turn["content"])
+        if isinstance(entry, Mapping) and entry.get("type") == SPEECH
+    ]
+    if not places:
+        return None
+    number, at, member = places[0]
+    last = len(messages) - 1
+    content = messages[last].get("content")
+    if (
+        len(places) > 1
+        or number != last
+        or messages[last].get("role") != "assistant"
+        or len(content) != 2  # type: ignore[arg-type]
+        or at != 1
+        or not isinstance(content[0], Mapping)  # type: ignore[index]
+        or content[0].get("type") != "text"  # type: ignore[index]
+    ):
+        raise DataError(
+            "bad_messages", "speech belongs behind the one text of a last turn of the assistant"
+        )
+    if not isinstance(member, str) or not member:
+        raise DataError("bad_messages", f"the speech of turn {number} names no member: {member!r}")
+    return member
+
+
+def codes_member(member: str) -> str:
+    """Return the member with the codes of a sound: `0.codes.npy` for `0.wav`, or for itself."""
+    if member.endswith(CODES_SUFFIX):
+        return member
+    return PurePosixPath(member).stem + CODES_SUFFIX
 
 
 def split_reply(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], str]:

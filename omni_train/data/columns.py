@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from omni_train.data.image import smart_resize_many
 from omni_train.data.measure import (
     AUDIO_COST_PER_CONV_FRAME,
-    TOKENS_WHERE_ATTENTION_EQUALS_MATMUL,
     VISION_COST_PER_PATCH,
     Costs,
+    llm_cost,
     measure,
 )
 from omni_train.data.media import num_samples_16k
@@ -87,7 +87,7 @@ def measure_table(
         num_tokens=num_tokens,
         vision_cost=_by_row(patches, owner, table.num_rows) * VISION_COST_PER_PATCH,
         audio_cost=conv_frames * AUDIO_COST_PER_CONV_FRAME,
-        llm_cost=num_tokens * (1.0 + num_tokens / TOKENS_WHERE_ATTENTION_EQUALS_MATMUL),
+        llm_cost=llm_cost(num_tokens),
     )
     filmed = np.unique(owner[is_video][~steady])
     if len(filmed):

@@ -40,8 +40,16 @@ def read_member(
     return _read_verified(store or _LOCAL, shard, [(offset, size, xxh3)])[0]
 
 
-def fetch(shard: str | Path, row: IndexRow, store: Store | None = None) -> RawSample:
+def fetch(
+    shard: str | Path, row: IndexRow, store: Store | None = None, *, codes: bool = False
+) -> RawSample:
     """Read the JSON member and all media of one sample.
+
+    Args:
+        shard: path or URL of the tar file.
+        row: its index row.
+        store: reads them; by default one without a cache.
+        codes: whether the codes of a spoken reply are read too.
 
     Raises:
         DataError: with shard and key, where anything is missing or changed: `missing_shard`,
@@ -54,6 +62,9 @@ def fetch(shard: str | Path, row: IndexRow, store: Store | None = None) -> RawSa
         for place in info.parts or (info,):
             names.append(place.member)
             places.append((place.offset, place.size, place.xxh3))
+    if codes and (speech := row.speech) is not None and speech.num_codes:
+        names.append(speech.member)
+        places.append((speech.offset, speech.size, speech.xxh3))
     try:
         text, *media = _read_verified(store or _LOCAL, shard, places)
         record = json.loads(str(text, "utf-8"))

@@ -24,7 +24,7 @@ import xxhash
 from omni_train.config.errors import DataError
 from omni_train.data.filters import QUALITY
 from omni_train.data.stores import Root, Store, open_root
-from omni_train.data.types import IndexRow, MediaInfo, MediaKind, MemberPlace
+from omni_train.data.types import IndexRow, MediaInfo, MediaKind, MemberPlace, SpeechInfo
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -62,6 +62,17 @@ _MEDIA = pa.struct(
         ("parts", pa.list_(_PLACE)),
     ]
 )
+_SPEECH = pa.struct(
+    [
+        ("member", pa.string()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("xxh3", pa.string()),
+        ("num_codes", pa.int64()),
+        ("num_reply_tokens", pa.int64()),
+        ("text", pa.string()),
+    ]
+)
 _ROW = pa.schema(
     [
         ("key", pa.string()),
@@ -77,9 +88,13 @@ _ROW = pa.schema(
         ("source", pa.string()),
         ("content_hash", pa.string()),
         ("quality", pa.struct([(name, pa.float64()) for name in QUALITY])),
+        ("speech", _SPEECH),
     ],
     metadata={"omni_train.schema_version": str(SCHEMA_VERSION)},
 )
+_SPEECH_COLUMN = _ROW.get_field_index("speech")
+# Indexes from before there were spoken replies.
+_ROW_WITHOUT_SPEECH = _ROW.remove(_SPEECH_COLUMN)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,13 +187,25 @@ def read_table(
     try:
         # The bytes, not the name: pyarrow would otherwise resolve names as URIs.
         file = pq.ParquetFile(pa.BufferReader(data))
-        same = file.schema_arrow.equals(_ROW)
-        table = file.read(columns=columns, use_threads=False) if same else None
+        table = _read_columns(file, columns)
     except (pa.ArrowException, OSError) as error:
         raise DataError("corrupt_index", f"{path} is no readable Parquet file: {error}") from error
     if table is None:
         raise DataError("corrupt_index", f"{path} has other columns than this version writes")
     return table
+
+
+def _read_columns(file: pq.ParquetFile, columns: Sequence[str] | None) -> pa.Table | None:
+    """Return columns of an index; None where it has others than this version knows."""
+    if file.schema_arrow.equals(_ROW):
+        return file.read(columns=columns, use_threads=False)
+    if not file.schema_arrow.equals(_ROW_WITHOUT_SPEECH):
+        return None
+    older = columns and [name for name in columns if name.partition(".")[0] != "speech"]
+    table = file.read(columns=older, use_threads=False)
+    if columns is not None and len(older or ()) == len(columns):
+        return table
+    return table.append_column(_ROW.field(_SPEECH_COLUMN), pa.nulls(table.num_rows, _SPEECH))
 
 
 def table_of(rows: list[IndexRow]) -> pa.Table:
@@ -302,6 +329,7 @@ def _shard_info(entry: dict[str, Any]) -> ShardInfo:
 def _row_to_dict(row: IndexRow) -> dict[str, Any]:
     record = {spec.name: getattr(row, spec.name) for spec in fields(row)}
     record["media"] = [{**asdict(info), "kind": info.kind.name} for info in row.media]
+    record["speech"] = asdict(row.speech) if row.speech is not None else None
     return record
 
 
@@ -313,4 +341,5 @@ def _medium_from_dict(info: dict[str, Any]) -> MediaInfo:
 def _row_from_dict(values: dict[str, Any]) -> IndexRow:
     media = [_medium_from_dict(info) for info in values["media"]]
     quality = {name: score for name, score in values["quality"].items() if score is not None}
-    return IndexRow(**{**values, "media": media, "quality": quality})
+    speech = None if (found := values["speech"]) is None else SpeechInfo(**found)
+    return IndexRow(**{**values, "media": media, "quality": quality, "speech": speech})

@@ -29,8 +29,9 @@ from omni_train.data.skiplist import read_skip_list
 from omni_train.data.source import ShardSource
 from omni_train.data.stores import Store, open_root
 from omni_train.data.tokenizer import tokenizer_hash
-from omni_train.data.types import Batch, ModelSpec, PackSpec, SampleRef
+from omni_train.data.types import ModelSpec, PackSpec, SampleRef
 from omni_train.data.work import PackMaker, PlannedSample, Work, describe, shard_name
+from omni_train.data.worker import Make
 from omni_train.engine.fingerprint import NOT_IDENTITY, flatten, is_covered, plain
 from omni_train.engine.run import Run
 from omni_train.engine.types import StepItem
@@ -49,7 +50,7 @@ _NOT_PLAN = (
 
 
 # Bytes of a batch beside its patches, mel frames and members: ids, labels, positions, lengths.
-_BYTES_PER_TOKEN = 64
+BYTES_PER_TOKEN = 64
 _BYTES_PER_PATCH = 24
 _BYTES_PER_FRAME = 16
 _BYTES_PER_PACK = 8192
@@ -67,6 +68,9 @@ class PlannedLoader:
         ledger: called with source, shard, key and reason of every sample that the plan leaves out.
         event: called with a kind and fields: what filters left out, sources that end, the budget.
         resume_allow: fingerprint keys, or their prefixes, that may differ in `load_state`.
+        source_type: what a stage reads of the sets, where it is more than dialogues.
+        make: makes a micro-batch of a pack's work; a `Batch` of dialogues where it is left out.
+        bytes_per_token: of a micro-batch, beside its media.
     """
 
     def __init__(
@@ -81,16 +85,19 @@ class PlannedLoader:
         ledger: Callable[..., None],
         event: Callable[..., None] | None = None,
         resume_allow: Sequence[str] = (),
+        source_type: type[ShardSource] = ShardSource,
+        make: Make | None = None,
+        bytes_per_token: int = BYTES_PER_TOKEN,
     ) -> None:
         self.config, self.rank, self.world_size, self.seed = config, rank, world_size, seed
         self._ledger, self._event = ledger, event or (lambda kind, **fields: None)
         self._resume_allow = resume_allow
-        self._spec = spec
-        self._make = PackMaker(
+        self._spec, self._bytes_per_token = spec, bytes_per_token
+        self._make: Make = make or PackMaker(
             tokenizer, config.processing, spec, Store(config.fetch), config.worker_memory_bytes
         )
         self.sources = [
-            ShardSource(name, config, spec, tokenizer) for name in sorted(config.sources)
+            source_type(name, config, spec, tokenizer) for name in sorted(config.sources)
         ]
         for source in self.sources:
             source.check_tokenizer(tokenizer_hash(tokenizer))
@@ -191,7 +198,7 @@ class PlannedLoader:
         planned = self._plan(window)
         for ref in planned.over_budget if self.rank == 0 else []:
             sample = self._locate(ref)
-            reason = f"over_budget: more than data.pack_tokens={self.config.pack_tokens} tokens"
+            reason = f"over_budget: {self.sources[ref.source].limits}"
             if why := self.sources[ref.source].why_whole(ref.shard, ref.row):
                 reason = f"{reason}: {why}"
             shard = shard_name(sample.shard)
@@ -203,9 +210,11 @@ class PlannedLoader:
         measured: list[Costs] = []
         spans = self.mixture.spans(window)
         for number, (source, (start, stop)) in enumerate(zip(self.sources, spans, strict=True)):
-            shards, rows, costs = source.window(start, stop, seed=(self.seed, number))
-            refs.extend(map(SampleRef, [number] * len(rows), shards.tolist(), rows.tolist()))
-            measured.append(costs)
+            found = source.window(start, stop, seed=(self.seed, number))
+            places = (found.shard, found.row, found.visit, found.reference)
+            columns = (values.tolist() for values in places)
+            refs.extend(map(SampleRef, [number] * len(found.row), *columns))
+            measured.append(found.costs)
         return plan_window(
             refs,
             join_costs(measured),
@@ -215,9 +224,7 @@ class PlannedLoader:
         )
 
     def _locate(self, ref: SampleRef) -> PlannedSample:
-        source = self.sources[ref.source]
-        place = source.place(ref.shard, ref.row)
-        return PlannedSample(source.name, source.path_of(ref.shard), *place)
+        return self.sources[ref.source].place(ref)
 
     def planned_steps(self) -> Iterator[tuple[int, int, int, list[PackSpec]]]:
         """(window, step, steps in the window, packs) from the position on, to the stage's end."""
@@ -229,7 +236,8 @@ class PlannedLoader:
             steps = self.plan(window)
             idle = 0 if steps else idle + 1
             if idle > 1000:
-                raise DataError("no_samples", "no sample of any source fits data.pack_tokens")
+                limits = self.sources[0].limits
+                raise DataError("no_samples", f"no sample of any source fits: each has {limits}")
             for step, packs in enumerate(steps):
                 if self.config.budget_tokens is not None and tokens >= self.config.budget_tokens:
                     self._event("budget_reached", window=window, step=step, planned_tokens=tokens)
@@ -260,9 +268,9 @@ class PlannedLoader:
                 for of_ranks in micro:
                     pack = of_ranks[self.rank]
                     work = [self._locate(ref) for ref in pack.samples]
-                    yield work, expected_bytes(pack, work, self._spec)
+                    yield work, expected_bytes(pack, work, self._spec, self._bytes_per_token)
 
-        with closing(self._batches(work_items())) as batches:
+        with closing(self.batches(work_items())) as batches:
             while (first := next(batches, None)) is not None:
                 item, num_steps, num_micro = pending.pop(0)
                 item.micro_batches = [first, *(next(batches) for _ in range(num_micro - 1))]
@@ -272,7 +280,7 @@ class PlannedLoader:
                 )
                 yield item
 
-    def _batches(self, items: Iterable[tuple[Work, int]]) -> Generator[Batch]:
+    def batches(self, items: Iterable[tuple[Work, int]]) -> Generator[Any]:
         """Batches of work items, in their order; made here or by workers, which end with it."""
         config = self.config
         if not config.num_workers:
@@ -377,7 +385,9 @@ def build_loader(
     )
 
 
-def expected_bytes(pack: PackSpec, work: Work, spec: ModelSpec) -> int:
+def expected_bytes(
+    pack: PackSpec, work: Work, spec: ModelSpec, bytes_per_token: int = BYTES_PER_TOKEN
+) -> int:
     """Return about what a pack takes while it is made: its members and the batch, from the index.
 
     Sound is padded to whole chunks, one for each sound at most.
@@ -392,6 +402,6 @@ def expected_bytes(pack: PackSpec, work: Work, spec: ModelSpec) -> int:
         + sum(place.size for place in places)
         + patches * (3 * spec.temporal_patch_size * spec.patch_size**2 + _BYTES_PER_PATCH)
         + frames * (4 * spec.num_mel_bins + _BYTES_PER_FRAME)
-        + pack.num_tokens * _BYTES_PER_TOKEN
+        + pack.num_tokens * bytes_per_token
         + _BYTES_PER_PACK
     )

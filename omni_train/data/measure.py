@@ -3,14 +3,19 @@
 Done here: the exact token count of `encode` without touching media, and relative costs for the
 plan. Not done here: packing (plan.py).
 
+A spoken reply has a second length: its positions in the Talker. A pack respects both budgets where
+each sample counts as the larger of its tokens and its share of the positions, in tokens
+(`joint_tokens`).
+
 Costs are multiplications of one training step, in units of one text token through the 7B Thinker
 without attention, so that the three parts of a sample can be added:
 
     llm_cost    = T * (1 + T / 70,450)       6 * 7.07e9 per token, 6 * 28 * 3584 * T for attention
     vision_cost = 0.089 * P                  0.63e9 parameters per patch before the merge
     audio_cost  = 0.090 * ceil(L / 2)        0.635e9 parameters per frame after the convolutions
+    talker_cost = 0.187 * S                  1.32e9 parameters per Talker position, part of llm_cost
 
-Letters: T tokens, P patches, L mel frames, R rows.
+Letters: T tokens, P patches, L mel frames, S Talker positions, R rows.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ from omni_train.speech.mel import num_audio_tokens, num_mel_frames
 TOKENS_WHERE_ATTENTION_EQUALS_MATMUL = 7.07e9 / (28 * 3584)
 VISION_COST_PER_PATCH = 0.63 / 7.07
 AUDIO_COST_PER_CONV_FRAME = 0.635 / 7.07
+TALKER_COST_PER_POSITION = 1.32 / 7.07
 
 Int64Array = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -77,8 +83,44 @@ def measure(rows: Sequence[IndexRow], config: ProcessingConfig, spec: ModelSpec)
         num_tokens=num_tokens,
         vision_cost=total_patches * VISION_COST_PER_PATCH,
         audio_cost=conv_frames * AUDIO_COST_PER_CONV_FRAME,
-        llm_cost=num_tokens * (1.0 + num_tokens / TOKENS_WHERE_ATTENTION_EQUALS_MATMUL),
+        llm_cost=llm_cost(num_tokens),
     )
+
+
+def llm_cost(num_tokens: Int64Array) -> FloatArray:
+    """Return float64 [R]: the Thinker's cost of so many tokens int64 [R]."""
+    costs: FloatArray = num_tokens * (1.0 + num_tokens / TOKENS_WHERE_ATTENTION_EQUALS_MATMUL)
+    return costs
+
+
+def talker_positions(
+    num_tokens: Int64Array, num_reply_tokens: Int64Array, num_codes: Int64Array
+) -> Int64Array:
+    """Return the Talker positions int64 [R] of spoken replies, exactly those of `lay_out`.
+
+    P + 2 + K (RECIPE.md section 5). The prompt's P tokens are all but the reply, its `<|im_end|>`
+    and the newline behind it, and those two are as many as the speaker and the codec bos.
+
+    Args:
+        num_tokens: int64 [R], of the whole dialogues.
+        num_reply_tokens: int64 [R], of the text that is spoken.
+        num_codes: int64 [R], a reference's among them.
+    """
+    positions: Int64Array = num_tokens - num_reply_tokens + num_codes
+    return positions
+
+
+def joint_tokens(
+    num_tokens: Int64Array, num_positions: Int64Array, *, token_budget: int, position_budget: int
+) -> Int64Array:
+    """Return int64 [R]: sizes such that a pack of `token_budget` keeps within both budgets.
+
+    Each is the larger of a sample's tokens and of its positions in units of the token budget,
+    rounded up; so their sum is at least that of either, and a sample over either is over both.
+    """
+    in_tokens = -(-num_positions * token_budget // position_budget)
+    sizes: Int64Array = np.maximum(num_tokens, in_tokens)
+    return sizes
 
 
 def _num_patches(

@@ -5,7 +5,8 @@ lose or misread without a word, hashing and probing each member. Nothing is ever
 medium at a time is in memory. Not done here: storing rows (index.py).
 
     <key>.json      {"messages": [...], "task": ..., "language": ..., "speaker": ..., "source": ...}
-    <key>.<member>  media that the messages name by <member>; other members are left alone
+    <key>.<member>  media that the messages name by <member>, and the codes of a spoken reply;
+                    other members are left alone
 """
 
 from __future__ import annotations
@@ -21,13 +22,22 @@ from typing import Any, BinaryIO
 import xxhash
 
 from omni_train.config.errors import DataError
-from omni_train.data.chatml import MediaPiece, media_pieces
+from omni_train.data.chatml import (
+    MediaPiece,
+    codes_member,
+    media_pieces,
+    split_reply,
+    spoken_member,
+)
 from omni_train.data.media import probe, probe_pictures
-from omni_train.data.types import IndexRow, MediaInfo, MemberPlace
+from omni_train.data.types import IndexRow, MediaInfo, MemberPlace, SpeechInfo
+from omni_train.speech.codec import parse_codes
 
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _BLOCK = 512
 _NAME_FIELD = 100
+# Which codec made codes is not known here; a worker holds them to the model's codebook.
+_ANY_CODEBOOK = 1 << 31
 
 
 @dataclass(slots=True)
@@ -60,7 +70,8 @@ def index_shard(
         DataError: with shard and, where it applies, key. `corrupt_tar`, `truncated` for a damaged
             file; `unsafe_name`, `bad_key` for names; `not_adjacent`, `duplicate_key`,
             `duplicate_member` for the order of members; `missing_json`, `corrupt_json`,
-            `bad_messages`, `missing_member`, `kind_mismatch` for a sample; and what `probe` finds.
+            `bad_messages`, `missing_member`, `kind_mismatch`, `bad_codes` for a sample; and what
+            `probe` finds.
     """
     path = Path(tar_path)
     rows: list[IndexRow] = []
@@ -181,7 +192,35 @@ def _index_sample(
         language=_text(record, "language"),
         speaker=_text(record, "speaker"),
         source=_text(record, "source"),
+        speech=_index_speech(file, group, record, count_text_tokens),
     )
+
+
+def _index_speech(
+    file: BinaryIO,
+    group: _Group,
+    record: dict[str, Any],
+    count_text_tokens: Callable[[dict[str, Any]], tuple[int, int]],
+) -> SpeechInfo | None:
+    """Find the codes of a spoken reply; it may have a sound to which they are yet to be added."""
+    messages = record["messages"]
+    if (named := spoken_member(messages)) is None:
+        return None
+    _, text = split_reply(messages)
+    if not text.strip():
+        raise DataError("empty_reply", "the spoken reply has no text")
+    # A reply is tokenised apart, so what an empty one lacks is its own.
+    silent = {**record, "messages": [*messages[:-1], {"role": "assistant", "content": ""}]}
+    count = count_text_tokens(record)[0] - count_text_tokens(silent)[0]
+    member = codes_member(named)
+    if (place := group.members.get(member)) is None:
+        if named not in group.members or named == member:
+            raise DataError("missing_member", f"the reply is spoken by {named!r}, not in the tar")
+        return SpeechInfo(member, 0, 0, "", 0, count, text)
+    data = _read(file, place)
+    num_codes = int(parse_codes(data, _ANY_CODEBOOK).numel())
+    digest = xxhash.xxh3_64_hexdigest(data)
+    return SpeechInfo(member, place.offset, place.size, digest, num_codes, count, text)
 
 
 def _index_medium(file: BinaryIO, group: _Group, piece: MediaPiece) -> MediaInfo:

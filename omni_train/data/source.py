@@ -6,7 +6,8 @@ Memory holds the shards that are shuffled together, not the set.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -28,11 +29,29 @@ from omni_train.data.plan import join_costs, token_slice
 from omni_train.data.skiplist import read_skip_list
 from omni_train.data.split import Part, can_split, part_row, split_recording
 from omni_train.data.stores import FetchConfig, open_root
-from omni_train.data.types import IndexRow, ModelSpec
+from omni_train.data.types import IndexRow, ModelSpec, SampleRef
+from omni_train.data.work import PlannedSample
 
 # Shards whose tokens are counted at the start; of more, evenly spaced ones stand for the others.
 MAX_COUNTED_SHARDS = 256
 SKIP_LISTED = "skip_list"
+
+
+@dataclass(slots=True)
+class Stretch:
+    """Samples of a stretch of a source's stream.
+
+    Args:
+        shard, row: int64 [n], as in `SampleRef`.
+        visit, reference: int64 [n], as in `SampleRef`.
+        costs: of the same samples.
+    """
+
+    shard: NDArray[np.int64]
+    row: NDArray[np.int64]
+    visit: NDArray[np.int64]
+    reference: NDArray[np.int64]
+    costs: Costs
 
 
 class ShardSet:
@@ -99,6 +118,9 @@ class ShardSource(ShardSet):
         DataError: manifest, index or skip list cannot be read.
     """
 
+    # Columns of the index that are read beside what is measured and filtered.
+    columns: tuple[str, ...] = ()
+
     def __init__(
         self, name: str, config: DataConfig, spec: ModelSpec, tokenizer: PreTrainedTokenizerFast
     ) -> None:
@@ -115,18 +137,47 @@ class ShardSource(ShardSet):
         self.totals, self.mean_tokens = self._survey()
         self.epoch_tokens = sum(self.totals)
 
-    def window(
+    @property
+    def limits(self) -> str:
+        """What a sample that fits no pack is over."""
+        return f"more than data.pack_tokens={self._config.pack_tokens} tokens"
+
+    def window(self, start: int, stop: int, *, seed: tuple[int, ...]) -> Stretch:
+        """Samples of tokens `start..stop` of the endless stream."""
+        shard, row, _ = self._slice(start, stop, seed=seed)
+        # A dialogue is the same each time.
+        visit, reference = np.zeros_like(row), np.full_like(row, -1)
+        return Stretch(shard, row, visit, reference, self._costs_of(shard, row))
+
+    def _slice(
         self, start: int, stop: int, *, seed: tuple[int, ...]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], Costs]:
-        """Samples of tokens `start..stop` of the endless stream: int64 shard, row, and costs."""
-        shard, row = token_slice(
-            self.totals,
-            start,
-            stop,
-            seed=seed,
-            shuffle_shards=self._config.shuffle_shards,
-            tokens_of=self._stream_tokens,
-        )
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Shard, row and epoch of the samples, int64 [n] each."""
+        parts = [(np.empty(0, np.int64), np.empty(0, np.int64))]
+        epochs = [np.empty(0, np.int64)]
+        for epoch in range(start // self.epoch_tokens, -(-stop // self.epoch_tokens)):
+            part = token_slice(
+                self.totals,
+                max(start, epoch * self.epoch_tokens),
+                min(stop, (epoch + 1) * self.epoch_tokens),
+                seed=seed,
+                shuffle_shards=self._config.shuffle_shards,
+                tokens_of=self._stream_tokens,
+            )
+            parts.append(part)
+            epochs.append(np.full(len(part[0]), epoch, np.int64))
+        shards, rows = (np.concatenate([part[i] for part in parts]) for i in range(2))
+        return shards, rows, np.concatenate(epochs)
+
+    def used(self, number: int) -> Iterator[tuple[int, int]]:
+        """Rows of a shard that are not left out and fit a pack, each with its tokens."""
+        tokens = self.costs(number).num_tokens[: self.counts[number]]
+        gone = set(self._dropped.get(number, np.empty(0, np.int64)).tolist())
+        for row, size in enumerate(tokens.tolist()):
+            if row not in gone and size <= self._config.pack_tokens:
+                yield row, size
+
+    def _costs_of(self, shard: NDArray[np.int64], row: NDArray[np.int64]) -> Costs:
         costs = Costs(
             num_tokens=np.empty(len(row), np.int64),
             vision_cost=np.empty(len(row)),
@@ -139,14 +190,14 @@ class ShardSource(ShardSet):
             costs.vision_cost[here] = of_shard.vision_cost[row[here]]
             costs.audio_cost[here] = of_shard.audio_cost[row[here]]
             costs.llm_cost[here] = of_shard.llm_cost[row[here]]
-        return shard, row, costs
+        return costs
 
-    def place(self, shard: int, row: int) -> tuple[IndexRow, Part | None]:
-        """The index row to fetch, and which part of it the sample is."""
-        if row < self.counts[shard]:
-            return self.row(shard, row), None
-        whole, part = self.parts(shard)[row - self.counts[shard]]
-        return self.row(shard, whole), part
+    def place(self, ref: SampleRef) -> PlannedSample:
+        """Where the bytes of a sample lie, and which part of them it is."""
+        shard, row, part = ref.shard, ref.row, None
+        if row >= self.counts[shard]:
+            row, part = self.parts(shard)[row - self.counts[shard]]
+        return PlannedSample(self.name, self.path_of(shard), self.row(shard, row), part)
 
     def _costs(self, number: int) -> Costs:
         def rows(numbers: list[int]) -> list[IndexRow]:
@@ -217,7 +268,8 @@ class ShardSource(ShardSet):
 
     def _read_columns(self, number: int) -> pa.Table:
         """What deciding and measuring need of an index, read at once."""
-        columns = (*MEASURED_COLUMNS, *(FILTER_COLUMNS if self._decides(number) else ()))
+        filtered = FILTER_COLUMNS if self._decides(number) else ()
+        columns = (*MEASURED_COLUMNS, *filtered, *self.columns)
         return self._table(number, list(dict.fromkeys(columns)))
 
     def _decides(self, number: int) -> bool:
@@ -231,21 +283,23 @@ class ShardSource(ShardSet):
         Filters see every shard, as a duplicate may be in any two.
         """
         stride = -(-len(self.counts) // MAX_COUNTED_SHARDS)
-        counted: dict[int, int] = {}
-        used = rows = 0
+        counted: dict[int, NDArray[np.int64]] = {}
         seen: set[str] = set()
         for number in range(len(self.counts)):
             if self._decides(number):
                 self._leave_out(number, seen)
             if number % stride == 0:
-                tokens = self._stream_tokens(number)
-                counted[number] = int(tokens.sum())
-                used += int(np.count_nonzero(tokens))
-                rows += self.counts[number]
-        per_row = sum(counted.values()) / max(rows, 1)
-        totals = [counted.get(n, round(per_row * size)) for n, size in enumerate(self.counts)]
+                counted[number] = self._stream_tokens(number)
         self.left_out = dict(sorted(self.left_out.items()))
-        return totals, sum(counted.values()) / max(used, 1)
+        return self._totals(counted)
+
+    def _totals(self, counted: dict[int, NDArray[np.int64]]) -> tuple[list[int], float]:
+        """Tokens of each shard, of those not counted by their rows; and the mean of a sample."""
+        sums = {number: int(tokens.sum()) for number, tokens in counted.items()}
+        per_row = sum(sums.values()) / max(sum(self.counts[number] for number in sums), 1)
+        totals = [sums.get(n, round(per_row * size)) for n, size in enumerate(self.counts)]
+        used = sum(int(np.count_nonzero(tokens)) for tokens in counted.values())
+        return totals, sum(sums.values()) / max(used, 1)
 
     def _leave_out(self, number: int, seen: set[str]) -> None:
         """Note which rows of a shard filters and skip list leave out, and count them by reason."""
@@ -255,9 +309,13 @@ class ShardSource(ShardSet):
         reasons = np.full(table.num_rows, SKIP_LISTED, dtype=np.object_)
         rest = table.filter(pa.array(~listed)) if listed.any() else table
         reasons[~listed] = decide(rest, self._config.filters, seen=seen)
+        self._refuse(table, reasons)
         self._dropped[number] = np.flatnonzero(reasons != "")
         for reason, more in count(table, reasons).items():
             if reason:
                 so_far = self.left_out.get(reason, Counted(0, 0.0))
                 samples, hours = so_far.samples + more.samples, so_far.hours + more.hours
                 self.left_out[reason] = Counted(samples, hours)
+
+    def _refuse(self, table: pa.Table, reasons: NDArray[np.object_]) -> None:
+        """Give the rows without a reason that a stage cannot use one; here it can use all."""

@@ -122,6 +122,28 @@ class MediaInfo:
 
 
 @dataclass(slots=True)
+class SpeechInfo:
+    """How the last turn of a dialogue is spoken: what the Talker learns, not what anyone hears.
+
+    Args:
+        member: name of its codes inside the sample, `reply.codes.npy`.
+        offset, size, xxh3: of the codes, as in `MediaInfo`; 0 and empty where the sample has a
+            sound and no codes yet.
+        num_codes: codes of the speech codec; 0 where there are none yet.
+        num_reply_tokens: ids of `text`, tokenised by itself, without `<|im_end|>`.
+        text: what is spoken.
+    """
+
+    member: str
+    offset: int
+    size: int
+    xxh3: str
+    num_codes: int
+    num_reply_tokens: int
+    text: str
+
+
+@dataclass(slots=True)
 class IndexRow:
     """One sample of a shard, as the index describes it.
 
@@ -137,6 +159,7 @@ class IndexRow:
         content_hash: xxh3-128 of media, texts and replies as 32 hex digits, the same for exact
             duplicates; empty where quality was not measured.
         quality: scores by name (`filters.QUALITY`); a score that does not apply is missing.
+        speech: of a dialogue with a spoken reply.
     """
 
     key: str
@@ -152,14 +175,21 @@ class IndexRow:
     source: str = ""
     content_hash: str = ""
     quality: dict[str, float] = field(default_factory=dict)
+    speech: SpeechInfo | None = None
 
 
 class SampleRef(NamedTuple):
-    """Where the plan's sample lies: number of the source, of its shard and of the row in it."""
+    """Where the plan's sample lies: number of the source, of its shard and of the row in it.
+
+    Of a spoken reply, which may be prepared in another way each time, `visit` counts how often the
+    source has given it before; `reference` is the row of the speech that it continues, or -1.
+    """
 
     source: int
     shard: int
     row: int
+    visit: int = 0
+    reference: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +218,8 @@ class RawSample:
     Args:
         row: its index row.
         record: the parsed `.json` member (`messages` and the descriptive fields).
-        media: bytes by member name (`0.wav`).
+        media: bytes by member name (`0.wav`); the codes of a spoken reply where they were asked
+            for.
     """
 
     row: IndexRow

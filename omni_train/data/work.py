@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
@@ -19,7 +19,7 @@ from omni_train.data.encode import encode
 from omni_train.data.fetch import fetch
 from omni_train.data.split import Part, cut
 from omni_train.data.stores import Store
-from omni_train.data.types import Batch, EncodedSample, IndexRow, ModelSpec, ProcessingConfig
+from omni_train.data.types import IndexRow, ModelSpec, ProcessingConfig
 
 Bad = tuple[str, str, str, str]
 # How torch and FFmpeg say it; all others raise MemoryError.
@@ -28,12 +28,18 @@ _MAX_NAMED = 20
 
 
 class PlannedSample(NamedTuple):
-    """Where a sample lies: source, path or URL of the shard, index row, and which part of it."""
+    """Where a sample lies: source, path or URL of the shard, index row, and which part of it.
+
+    Of a reply whose speech continues another, `reference` is the row of that one, in the same
+    shard; `visit` is the sample's in `SampleRef`.
+    """
 
     source: str
     shard: str
     row: IndexRow
     part: Part | None
+    visit: int = 0
+    reference: IndexRow | None = None
 
     @property
     def key(self) -> str:
@@ -62,9 +68,9 @@ class PackMaker:
     store: Store
     memory_bytes: int | None = None
 
-    def __call__(self, work: Work, at: Callable[[int], None]) -> Batch:
+    def __call__(self, work: Work, at: Callable[[int], None]) -> Any:
         """Return the batch of a pack; `at` is told the number of the sample in hands."""
-        encoded: list[EncodedSample] = []
+        encoded: list[Any] = []
         bad: list[Bad] = []
         for number, sample in enumerate(work):
             at(number)
@@ -73,7 +79,7 @@ class PackMaker:
             except Exception as error:  # noqa: BLE001  raised again unless it is the sample's
                 bad.append(self._bad(sample, error))
         try:
-            return collate(encoded, self.spec, bad=bad)
+            return self._collate(encoded, bad)
         except Exception as error:
             if not _ran_out_of_memory(error):
                 raise
@@ -81,9 +87,13 @@ class PackMaker:
             usable = {sample.key for sample in encoded}
             bad += [self._bad(sample, error) for sample in work if sample.key in usable]
         encoded.clear()
-        return collate([], self.spec, bad=bad)
+        return self._collate([], bad)
 
-    def _encode(self, sample: PlannedSample) -> EncodedSample:
+    def _collate(self, encoded: list[Any], bad: list[Bad]) -> Any:
+        """Return the batch of what `_encode` gave; a subclass has its own of both."""
+        return collate(encoded, self.spec, bad=bad)
+
+    def _encode(self, sample: PlannedSample) -> Any:
         raw = fetch(sample.shard, sample.row, self.store)
         if sample.part is not None:
             raw = cut(raw, sample.part)

@@ -1,4 +1,4 @@
-"""Builds the Thinker on no memory, then fills it tensor by tensor.
+"""Builds Thinker and Talker on no memory, then fills it tensor by tensor.
 
 The model is made on the meta device; each module with tensors of its own is then allocated, filled
 from a source or by a seeded initialisation, and under ZeRO-3 partitioned at once, so no rank ever
@@ -7,7 +7,8 @@ holds more than one module whole. A fresh tensor's values depend on the seed and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,10 +28,20 @@ from omni_train.engine.deepspeed import (
     zero_init_json,
 )
 from omni_train.models.config import ModelConfig
-from omni_train.models.groups import UNUSED, group_of
-from omni_train.models.presets import model_spec, resolve_config
+from omni_train.models.groups import THINKER_GROUPS, UNUSED, group_of
+from omni_train.models.presets import (
+    model_spec,
+    resolve_config,
+    resolve_speech_config,
+    talker_spec,
+)
+from omni_train.models.talker import OmniForTraining, Talker, TalkerForTraining
+from omni_train.models.talker_layout import TalkerSpec
 from omni_train.models.thinker import ThinkerForTraining
-from omni_train.models.weights import BuildReport, WeightSource, open_source
+from omni_train.models.weights import BuildReport, TalkerRowsSource, WeightSource, open_source
+
+# What a Talker that starts afresh takes from no checkpoint; its rows are still the Thinker's.
+FRESH_TALKER = frozenset({"talker", "talker_projection", "codec_head"})
 
 
 def build_thinker(
@@ -66,6 +77,89 @@ def build_thinker(
         zero3_config=zero3_config,
     )
     return model
+
+
+def build_talker(
+    model_config: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    fresh: bool,
+    zero3_config: dict[str, Any] | None = None,
+) -> TalkerForTraining:
+    """Build the Talker that `model_config` describes.
+
+    Args:
+        model_config: as for the Thinker; `init_from` may also be a checkpoint of the Talker alone.
+        tokenizer: the model's.
+        seed, dtype, zero3_config: as in `build_thinker`.
+        fresh: start from random weights even where `init_from` is given; the rows of the Thinker's
+            table come from there all the same.
+
+    Raises:
+        ConfigError: as `build_thinker`.
+    """
+    config = resolve_speech_config(model_config, tokenizer)
+    spec = talker_spec(config, model_config, tokenizer)
+    with torch.device("meta"):
+        model = TalkerForTraining(Talker(config.talker_config, spec))
+    skipped = FRESH_TALKER - set(model_config.init_groups) if fresh else frozenset()
+    model.report = materialise(
+        model,
+        sources=_sources(model, model_config, skipped=skipped, spec=spec),
+        seed=seed,
+        dtype=dtype,
+        zero3_config=zero3_config,
+    )
+    return model
+
+
+def build_omni_for_training(
+    model_config: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    deepspeed: DeepSpeedConfig,
+    *,
+    seed: int,
+    joint: bool,
+    fresh_talker: bool,
+) -> OmniForTraining:
+    """Build Thinker and Talker for one engine, partitioned from the start under ZeRO-3.
+
+    Args:
+        model_config, tokenizer, seed: as in `build_thinker`; `init_groups` may name groups of both.
+        deepspeed: precision and ZeRO stage.
+        joint: whether gradients flow into the Thinker.
+        fresh_talker: see `build_talker`.
+    """
+    chosen = model_config.init_groups
+    ours = {group: path for group, path in chosen.items() if group in THINKER_GROUPS}
+    rest = {group: path for group, path in chosen.items() if group not in THINKER_GROUPS}
+    talker = build_talker(
+        replace(model_config, init_groups=rest),
+        tokenizer,
+        seed=seed,
+        dtype=DTYPES[deepspeed.precision],
+        fresh=fresh_talker,
+        zero3_config=zero_init_json(deepspeed),
+    )
+    thinker = build_for_training(
+        replace(model_config, init_groups=ours), tokenizer, deepspeed, seed=seed
+    )
+    return OmniForTraining(thinker, talker, joint=joint)
+
+
+def build_talker_replica(
+    model_config: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    precision: Precision,
+    device: torch.device,
+) -> Talker:
+    """Build a plain Talker on one device, for sampling; it has no part in training."""
+    dtype = DTYPES[precision]
+    model = build_talker(model_config, tokenizer, seed=0, dtype=dtype, fresh=False)
+    replica: Talker = model.talker.to(device).requires_grad_(False).eval()
+    return replica
 
 
 def build_for_training(
@@ -153,10 +247,27 @@ def format_build_report(report: BuildReport) -> str:
     return "\n".join(lines)
 
 
-def _sources(model: nn.Module, config: ModelConfig) -> dict[str, WeightSource]:
-    """The source of each parameter that has one; raises where a source lacks its tensor."""
-    base = open_source(config.init_from) if config.init_from else None
-    by_group = {group: open_source(path) for group, path in config.init_groups.items()}
+def _sources(
+    model: nn.Module,
+    config: ModelConfig,
+    *,
+    skipped: Collection[str] = (),
+    spec: TalkerSpec | None = None,
+) -> dict[str, WeightSource]:
+    """The source of each parameter that has one; raises where a source lacks its tensor.
+
+    Args:
+        model, config: what is filled, and from where.
+        skipped: groups that no source fills.
+        spec: of a Talker, whose rows may have to be cut out of the Thinker's table.
+    """
+
+    def opened(path: str) -> WeightSource:
+        source = open_source(path)
+        return source if spec is None else TalkerRowsSource(source, spec)
+
+    base = opened(config.init_from) if config.init_from else None
+    by_group = {group: opened(path) for group, path in config.init_groups.items()}
     names = [name for name, _ in model.named_parameters()]
     groups = sorted({group_of(name) for name in names} - {UNUSED})
     for group, path in config.init_groups.items():
@@ -172,7 +283,7 @@ def _sources(model: nn.Module, config: ModelConfig) -> dict[str, WeightSource]:
     held = {id(source): source.names() for source in [base, *by_group.values()] if source}
     for name in names:
         source = by_group.get(group_of(name), base)
-        if source is None:
+        if source is None or group_of(name) in skipped:
             continue
         if name in held[id(source)]:
             sources[name] = source
@@ -183,7 +294,7 @@ def _sources(model: nn.Module, config: ModelConfig) -> dict[str, WeightSource]:
             key="model.init_from",
             value=path,
             rule=f"{len(absent)} expected tensors are missing: {_shorten(absent)}",
-            remedy="use a checkpoint of the whole Thinker, or init_groups for a part",
+            remedy="use a checkpoint of the whole part, or init_groups for some groups of it",
         )
     return sources
 

@@ -77,6 +77,9 @@ class ModelConfig:
         init_groups: other directory for the weights of a parameter group, by group name, for
             example the vision groups of the vision stage; goes before `init_from`.
         tiny: sizes of the `tiny` preset.
+        speakers: token of the tokenizer by the name that the data use for a voice; empty takes the
+            release's two, or for `tiny` its speaker tokens under their own names.
+        new_speakers: names among `speakers` that get a fresh row, the mean of the others'.
     """
 
     preset: ModelPreset = ModelPreset.tiny
@@ -84,8 +87,18 @@ class ModelConfig:
     init_from: str = ""
     init_groups: dict[str, str] = field(default_factory=dict)
     tiny: TinySizes = field(default_factory=TinySizes)
+    speakers: dict[str, str] = field(default_factory=dict)
+    new_speakers: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        for name in self.new_speakers:
+            if name not in self.speakers:
+                raise ConfigError(
+                    key="model.new_speakers",
+                    value=name,
+                    rule="a new speaker needs a token",
+                    remedy=f"name one: model.speakers.{name}=TOKEN",
+                )
         if not self.tokenizer:
             raise ConfigError(
                 key="model.tokenizer",

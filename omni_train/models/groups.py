@@ -26,11 +26,17 @@ _PREFIXES = (
     ("thinker.lm_head.", "lm_head"),
     ("talker.thinker_to_talker_proj.", "talker_projection"),
     ("talker.codec_head.", "codec_head"),
+    # Rows of the Thinker's table: the known ones, and those of new speakers.
+    ("talker.text_rows.", "text_rows"),
+    ("talker.speaker_rows.", "speaker_rows"),
     ("talker.", "talker"),
     ("token2wav.", "token2wav"),
 )
 UNUSED = "unused"
 GROUP_NAMES = tuple(dict.fromkeys(group for _, group in _PREFIXES if group != UNUSED))
+THINKER_GROUPS = frozenset(
+    group for prefix, group in _PREFIXES if prefix.startswith("thinker.") and group != UNUSED
+)
 
 
 def group_of(name: str) -> str:

@@ -17,12 +17,16 @@ from torch import Tensor
 from omni_train.config.errors import ConfigError
 from omni_train.engine.checkpoint_files import MANIFEST, CheckpointError, step_folders
 from omni_train.engine.checkpoint_reader import CheckpointReader
+from omni_train.models.talker_layout import TalkerSpec
 
 INDEX_FILE = "model.safetensors.index.json"
 # Parts of the whole model that keep their names; the Thinker does not read them.
 _OTHER_PARTS = ("talker.", "token2wav.")
 _TOWERS = ("audio_tower.", "visual.")
 _TEXT = ("layers.", "embed_tokens.", "norm.")
+TEXT_TABLE = "thinker.model.language_model.embed_tokens.weight"
+TEXT_ROWS = "talker.text_rows.weight"
+SPEAKER_ROWS = "talker.speaker_rows.weight"
 
 
 @dataclass(slots=True)
@@ -133,6 +137,45 @@ class CheckpointSource:
     def tensor(self, name: str) -> Tensor:
         """Put one parameter together from the slices of all ranks."""
         return self._reader.full(name)
+
+
+class TalkerRowsSource:
+    """Another source, with the Talker's copy of rows of the Thinker's table where it has none.
+
+    A released checkpoint holds the table alone. The row of a new speaker begins as the mean of the
+    named old ones.
+
+    Args:
+        source: where all other tensors are.
+        spec: which rows.
+    """
+
+    def __init__(self, source: WeightSource, spec: TalkerSpec) -> None:
+        self.path = source.path
+        self._source, self._spec = source, spec
+        self._held = source.names()
+
+    def names(self) -> set[str]:
+        """Return the source's names, and those of the rows where they can be had."""
+        known = {TEXT_TABLE, TEXT_ROWS} & self._held
+        return self._held | {TEXT_ROWS, SPEAKER_ROWS} if known else self._held
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor of the source, or rows cut out of its table."""
+        spec = self._spec
+        num_old = len(spec.row_ids) - spec.num_new_speakers
+        if name in self._held:
+            return self._source.tensor(name)
+        if name == TEXT_ROWS:
+            return self._source.tensor(TEXT_TABLE)[list(spec.row_ids[:num_old])]
+        if name == SPEAKER_ROWS:
+            new, named = spec.row_ids[num_old:], spec.speakers.values()
+            old = [i for i, row in enumerate(spec.row_ids[:num_old]) if row in named]
+            old = [i for i in old if spec.row_ids[i] not in new]
+            # Rows 0 and 1 are no speakers.
+            rows = self.tensor(TEXT_ROWS)[old or list(range(2, num_old))]
+            return rows.mean(0, keepdim=True).expand(len(new), -1)
+        raise KeyError(name)
 
 
 def open_source(path: str) -> WeightSource:

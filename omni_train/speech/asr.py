@@ -2,8 +2,11 @@
 
     Recognizer               what every backend offers: wave -> Transcript
     PocketSphinxRecognizer   a small closed vocabulary on CPU, no model beyond the package's own
+    WhisperRecognizer        Whisper through transformers, from a directory
+    ParaformerRecognizer     funasr's Paraformer, for Chinese; an extra
+    build_recognizer         the one that the config names
 
-Not done here: error rates (evaluation), pauses. pocketsphinx is imported when a recogniser is
+Not done here: error rates (evaluation), pauses. Each backend is imported when its recogniser is
 made, so that this module costs nothing without it.
 """
 
@@ -11,8 +14,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,10 +95,7 @@ class PocketSphinxRecognizer:
         Raises:
             DataError: `bad_wave` for another shape, `non_finite` for NaN or infinity.
         """
-        if wave.ndim != 1 or not len(wave):
-            raise DataError("bad_wave", f"a wave is [S] with S > 0, not {wave.shape}")
-        if not np.isfinite(wave).all():
-            raise DataError("non_finite", "the wave holds NaN or infinity")
+        _check(wave)
         # The front end keeps its noise estimate from wave to wave: start it anew. With cmn=batch
         # and full_utt the cepstral mean is that of this wave alone.
         self._decoder.reinit_feat()
@@ -113,6 +114,179 @@ class PocketSphinxRecognizer:
         # `garden(2)` is another pronunciation of garden.
         words = [(text.partition("(")[0], first, last) for text, first, last in segments]
         return [(text, first, last) for text, first, last in words if _WORD.fullmatch(text)]
+
+
+class WhisperRecognizer:
+    """Whisper through transformers, greedy, with word times from its cross attention.
+
+    Args:
+        path: directory with config, tokenizer, feature extractor and safetensors; nothing is
+            downloaded. Its generation config names the alignment heads.
+        language: such as `en` or `zh`; empty for a model of one language.
+        device: where it computes, such as `cuda`.
+
+    Raises:
+        ConfigError: no such model there.
+    """
+
+    def __init__(self, path: str, language: str = "", device: str = "cpu") -> None:
+        from transformers import WhisperForConditionalGeneration, WhisperProcessor, pipeline
+
+        try:
+            processor = WhisperProcessor.from_pretrained(path, local_files_only=True)
+            model: Any = WhisperForConditionalGeneration.from_pretrained(
+                path, local_files_only=True, use_safetensors=True
+            )
+        except (OSError, ValueError) as error:
+            raise _model_error(path, f"no Whisper model: {error}") from error
+        if getattr(model.generation_config, "alignment_heads", None) is None:
+            raise _model_error(path, "generation_config.json names no alignment_heads")
+        self._options: dict[str, Any] = {"num_beams": 1, "do_sample": False}
+        if language:
+            self._options |= {"language": language, "task": "transcribe"}
+        self._pipeline: Any = pipeline(
+            "automatic-speech-recognition",
+            model=model.eval(),
+            tokenizer=processor.tokenizer,
+            feature_extractor=processor.feature_extractor,
+            device=device,
+        )
+
+    def transcribe(self, wave: NDArray[np.float32]) -> Transcript:
+        """Return the words of `wave`, float32 [S] at 16 kHz, mono, -1 to 1.
+
+        Raises:
+            DataError: as for PocketSphinx.
+        """
+        _check(wave)
+        heard = self._pipeline(
+            {"raw": wave.astype(np.float32), "sampling_rate": SAMPLE_RATE_HZ},
+            return_timestamps="word",
+            generate_kwargs=dict(self._options),
+        )
+        end_s = len(wave) / SAMPLE_RATE_HZ
+        words = []
+        for chunk in heard["chunks"]:
+            start, end = chunk["timestamp"]
+            # Whisper may leave the last word open.
+            first = min(max(start or 0.0, 0.0), end_s)
+            last = end_s if end is None else min(max(end, first), end_s)
+            if chunk["text"].strip():
+                words.append(Word(chunk["text"].strip(), first, last))
+        return Transcript(" ".join(heard["text"].split()), words)
+
+
+class ParaformerRecognizer:
+    """Paraformer by funasr: Chinese, with times of characters.
+
+    Args:
+        path: directory of the model; nothing is downloaded.
+
+    Raises:
+        ConfigError: funasr is not installed.
+    """
+
+    def __init__(self, path: str) -> None:
+        try:
+            from funasr import AutoModel  # type: ignore[import-not-found, unused-ignore]
+        except ImportError as error:
+            raise ConfigError(
+                key="asr.kind",
+                value=AsrKind.paraformer.name,
+                rule="needs the package funasr, which is not installed",
+                remedy="pip install funasr, or set asr.kind=whisper",
+            ) from error
+        self._model: Any = AutoModel(model=path, disable_update=True, disable_pbar=True)
+
+    def transcribe(self, wave: NDArray[np.float32]) -> Transcript:
+        """Return the characters of `wave`, float32 [S] at 16 kHz, mono, -1 to 1.
+
+        Raises:
+            DataError: as for PocketSphinx.
+        """
+        _check(wave)
+        heard = self._model.generate(input=wave.astype(np.float32))[0]
+        units = heard["text"].split()
+        times = heard.get("timestamp") or []
+        pairs = zip(units, times, strict=False)
+        return Transcript(
+            " ".join(units), [Word(text, start / 1e3, end / 1e3) for text, (start, end) in pairs]
+        )
+
+
+class AsrKind(Enum):
+    """Backends."""
+
+    pocketsphinx = "pocketsphinx"
+    whisper = "whisper"
+    paraformer = "paraformer"
+
+
+@dataclass(kw_only=True, slots=True)
+class AsrConfig:
+    """Which recogniser.
+
+    Args:
+        kind: backend.
+        vocabulary: PocketSphinx alone: the words that can be said.
+        path: Whisper and Paraformer: directory of the model.
+        language: Whisper alone: such as `en`; empty for a model of one language.
+    """
+
+    kind: AsrKind
+    vocabulary: list[str] = field(default_factory=list)
+    path: str = ""
+    language: str = ""
+
+    def __post_init__(self) -> None:
+        closed = self.kind is AsrKind.pocketsphinx
+        rules = (
+            (
+                "vocabulary",
+                bool(self.vocabulary) != closed,
+                "is for pocketsphinx, and needed there",
+            ),
+            ("path", bool(self.path) == closed, "is for the other kinds, and needed there"),
+            (
+                "language",
+                bool(self.language) and self.kind is not AsrKind.whisper,
+                "is for whisper alone",
+            ),
+        )
+        for name, wrong, rule in rules:
+            if wrong:
+                raise ConfigError(
+                    key=f"asr.{name}",
+                    value=getattr(self, name),
+                    rule=f"{name} {rule}; asr.kind={self.kind.name}",
+                    remedy="set or remove it, or choose another asr.kind",
+                )
+
+
+def build_recognizer(config: AsrConfig, device: str = "cpu") -> Recognizer:
+    """Make the recogniser that a config names.
+
+    Raises:
+        ConfigError: its package, model or words are missing.
+    """
+    if config.kind is AsrKind.pocketsphinx:
+        return PocketSphinxRecognizer(config.vocabulary)
+    if config.kind is AsrKind.whisper:
+        return WhisperRecognizer(config.path, config.language, device)
+    return ParaformerRecognizer(config.path)
+
+
+def _check(wave: NDArray[np.float32]) -> None:
+    if wave.ndim != 1 or not len(wave):
+        raise DataError("bad_wave", f"a wave is [S] with S > 0, not {wave.shape}")
+    if not np.isfinite(wave).all():
+        raise DataError("non_finite", "the wave holds NaN or infinity")
+
+
+def _model_error(path: str, rule: str) -> ConfigError:
+    return ConfigError(
+        key="asr.path", value=path, rule=rule, remedy="give a directory of a released model"
+    )
 
 
 def _pcm(wave: NDArray[np.float32]) -> bytes:

@@ -31,6 +31,33 @@ def flatten(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return flat
 
 
+def _evaluations(events: list[dict[str, Any]]) -> dict[str, float]:
+    """Figures of the last `evaluation` event of each task, under its name."""
+    found: dict[str, float] = {}
+    for event in events:
+        if event["kind"] == "evaluation":
+            figures = {k: v for k, v in event.items() if k not in ("time", "elapsed_s")}
+            found |= flatten(figures, f"{event['task']}/" if "task" in event else "")
+    return found
+
+
+def _audio(run_dir: Path, events: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """The waves of `audio` events by task, each with its text, what was heard, and its WER.
+
+    As a list, not a table: W&B keeps a table's media in the user's home, outside the run.
+    """
+    import wandb
+
+    # A run that was started again has its events twice.
+    kept = {(e["task"], e["wave"]): e for e in events if e["kind"] == "audio"}
+    found: dict[str, list[Any]] = {}
+    for (task, wave), event in kept.items():
+        if (run_dir / wave).is_file():
+            caption = "{text} | heard: {heard} | WER {wer:.2f} | {speaker} {key}".format(**event)
+            found.setdefault(task, []).append(wandb.Audio(str(run_dir / wave), caption=caption))
+    return found
+
+
 def write_wandb(run_dir: Path, *, project: str, config: dict[str, Any] | None = None) -> Path:
     """Rebuild the offline W&B run of `run_dir` and return its directory.
 
@@ -78,9 +105,9 @@ def write_wandb(run_dir: Path, *, project: str, config: dict[str, Any] | None = 
         for event in read_steps(run_dir / "events.jsonl"):
             curves = {key: value for key, value in event.items() if key not in _NOT_CURVES}
             run.log(flatten(curves), step=int(event["step"]))
-        for event in events:
-            if event["kind"] == "evaluation":
-                run.summary.update(flatten({k: v for k, v in event.items() if k != "time"}))
+        run.summary.update(_evaluations(events))
+        for task, waves in _audio(run_dir, events).items():
+            run.log({f"audio/{task}": waves})
     finally:
         run.finish()
     if target.exists():

@@ -94,7 +94,7 @@ def test_the_process_that_starts_the_workers_takes_them_along() -> None:
         with pytest.raises(RunError, match="starts the data workers was killed by signal 9"):
             next(ready)
         assert time.monotonic() - started < AT_ONCE_S
-        assert not any(map(is_alive, workers))
+        wait_until(lambda: not any(map(is_alive, workers)), AT_ONCE_S)
 
 
 def test_a_worker_is_deaf_to_the_signals_that_its_rank_answers_to() -> None:
@@ -114,6 +114,8 @@ from omni_train.data.prefetch import Prefetcher
 from omni_train.engine.exit_codes import leave
 from tests.unit.data import processes
 
+# What a background job of a shell has it ignore.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 made = Prefetcher(processes.ends, num_workers=2, max_bytes=100, describe=processes.describe)
 ready = made.results((item, 10) for item in [("ok", 1), ("sleep", 1), ("sleep", 2)])
 print(next(ready), flush=True)

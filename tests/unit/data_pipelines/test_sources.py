@@ -13,6 +13,7 @@ import webdataset
 
 from data_pipelines.merge import merge
 from data_pipelines.prepare import Part, prepare
+from omni_train.data.index import read_index
 from tests.unit.data_pipelines.sourcing import job, png, tokenizer, wav, write_lines, write_media
 
 Samples = list[dict[str, Any]]
@@ -80,6 +81,37 @@ def test_our_own_lines(tmp_path: Path, token_dir: Path) -> None:
     assert second["record"]["origin"]["row"] == 3
     assert second["__key__"] == "set-000000003"
     assert rejections(tmp_path / "o") == []
+
+
+def test_a_spoken_reply_comes_along_and_its_voice_makes_another_sample(
+    tmp_path: Path, token_dir: Path
+) -> None:
+    write_media(tmp_path / "m")
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "Say: river"},
+                {
+                    "role": "assistant",
+                    "content": [
+                        {"type": "text", "text": "river"},
+                        {"type": "speech", "speech": f"m/{number}.wav"},
+                    ],
+                },
+            ],
+            "speaker": speaker,
+        }
+        for number, speaker in ((0, "anna"), (1, "ben"))
+    ]
+    path = write_lines(tmp_path / "spoken.jsonl", rows)
+    first, second = run(path, tmp_path / "o", token_dir, "jsonl")
+    assert first["record"]["messages"][1]["content"][1] == {"type": "speech", "speech": "0.wav"}
+    assert (first["0.wav"], second["0.wav"]) == (wav(0), wav(1))
+    indexes = sorted((tmp_path / "o").glob("*.parquet"))
+    one, other = (row for index in indexes for row in read_index(index))
+    assert one.speech is not None
+    assert (one.media, one.speech.num_codes) == ([], 0)
+    assert one.content_hash != other.content_hash
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])

@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
+import soundfile
+
 from omni_train.tracking.events import JsonlWriter, read_jsonl, read_new, read_steps
 from omni_train.tracking.wandb_view import flatten, write_wandb
+from tests.wandb_files import wandb_bytes
 
 
 def write_events(folder: Path) -> None:
@@ -55,12 +59,25 @@ def test_offline_wandb_run_holds_the_events_and_no_secret(tmp_path: Path, monkey
     write_events(tmp_path)
     for _ in range(2):  # rebuilding replaces
         home = write_wandb(tmp_path, project="test", config={"width": 4})
-    (record,) = home.rglob("*.wandb")
-    content = record.read_bytes()
+    content = wandb_bytes(home)
     for word in (b"stage1_audio", b"exp7", b"loss", b"lr/llm", b"wer", b"width"):
         assert word in content, word
     assert canary.encode() not in b"".join(p.read_bytes() for p in home.rglob("*") if p.is_file())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["events.jsonl", "wandb"]
+
+
+def test_waves_can_be_listened_to_beside_text_and_wer(tmp_path: Path) -> None:
+    (tmp_path / "audio").mkdir()
+    soundfile.write(tmp_path / "audio" / "a.wav", np.zeros(800, np.float32), 16_000)
+    writer = JsonlWriter(tmp_path / "events.jsonl")
+    said = {"key": "k7", "speaker": "v", "text": "river doctor", "heard": "river", "wer": 0.5}
+    for wave in ("audio/a.wav", "audio/a.wav", "audio/gone.wav"):
+        writer.write({"kind": "audio", "task": "tts", "wave": wave, **said})
+    writer.close()
+    home = write_wandb(tmp_path, project="test")
+    (wave,) = home.rglob("*.wav")
+    assert wave.read_bytes() == (tmp_path / "audio" / "a.wav").read_bytes()
+    assert b"river doctor | heard: river | WER 0.50 | v k7" in wandb_bytes(home)
 
 
 def test_following_a_log_gives_each_whole_line_once(tmp_path: Path) -> None:
