@@ -4,8 +4,8 @@ Done here: the vocabulary, pictures and clips as plain descriptions, and the spl
 function of the content and the seed alone. Not done here: sound, pixels, files, question wordings.
 
 A word sequence or a scene (colour, shape, size, place) is either training or held-out content,
-in every subset and every voice. Every pair of colour and shape occurs in training: unseen pairs
-are not learnable at this size (DEMO.md).
+in every subset and every voice. Single words are training content, and every pair of colour and
+shape occurs in training: unseen pairs are not learnable at this size (DEMO.md).
 """
 
 from __future__ import annotations
@@ -78,7 +78,12 @@ def pick(options: tuple[str, ...], key: str) -> str:
 
 
 def split_of_words(words: tuple[str, ...], seed: int) -> Split:
-    """Side on which a word sequence lies, wherever it is written, said or asked for."""
+    """Side on which a word sequence lies, wherever it is written, said or asked for.
+
+    Every single word is training content: a held-out one would be a word whose end was never heard.
+    """
+    if len(words) == 1:
+        return Split.train
     return _split("words " + " ".join(words), seed)
 
 
@@ -107,7 +112,7 @@ def draw_words(rng: random.Random, length: int, split: Split, seed: int) -> tupl
     """Draw a sequence of so many different words that lies on one side."""
     if length <= MAX_WORDS:
         pool = word_sequences(length, split, seed)
-        # A side may lack single words; there are always longer sequences.
+        # The held-out side has no single words; there are always longer sequences.
         return rng.choice(pool) if pool else draw_words(rng, length + 1, split, seed)
     while True:
         drawn = tuple(rng.sample(VOCABULARY, length))

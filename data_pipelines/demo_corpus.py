@@ -34,19 +34,39 @@ import xxhash
 
 from data_pipelines.demo_content import MAX_WORDS, VOCABULARY, Split
 from data_pipelines.demo_render import measure_voice, render_media
-from data_pipelines.demo_tasks import PLANNERS, Recipe, SamplePlan, texts_of
+from data_pipelines.demo_speech import plan_speech, with_errors
+from data_pipelines.demo_tasks import (
+    Recipe,
+    SamplePlan,
+    plan_asr,
+    plan_av,
+    plan_caption,
+    plan_dialogue,
+    plan_text,
+    texts_of,
+)
 from omni_train.config.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from data_pipelines.shards import Sample
 
-CORPUS_VERSION = 2
+CORPUS_VERSION = 3
 CORPUS_FILE = "corpus.json"
 VOICES = (
     *("en-us", "en-us+m1", "en-us+f2", "en-us+klatt", "en-us+m3", "en-gb"),
     # Known to be hard to understand; measured all the same.
     *("en-us+f3", "en-us+m4"),
 )
+PLANNERS: dict[str, Callable[[Recipe], Iterator[SamplePlan]]] = {
+    "text": plan_text,
+    "asr": plan_asr,
+    "caption": plan_caption,
+    "av": plan_av,
+    "dialogue": plan_dialogue,
+    "speech": plan_speech,
+}
+# Made from the training side of `speech`.
+NOISY = "speech_noisy"
 # What shapes the bytes of the corpus besides this code.
 _PACKAGES = ("av", "espeakng-loader", "pillow", "pocketsphinx", "soundfile", "soxr", "tokenizers")
 _MICROSECONDS_PER_HOUR = 3_600_000_000
@@ -76,6 +96,7 @@ def _default_subsets() -> dict[str, SubsetConfig]:
         "caption": SubsetConfig(train=4000, heldout=120),
         "av": SubsetConfig(train=200, heldout=48),
         "dialogue": SubsetConfig(train=150, heldout=40),
+        "speech": SubsetConfig(train=4000, heldout=120),
     }
 
 
@@ -86,6 +107,7 @@ def _quick_subsets() -> dict[str, SubsetConfig]:
         "caption": SubsetConfig(train=96, heldout=16),
         "av": SubsetConfig(train=24, heldout=24),
         "dialogue": SubsetConfig(train=20, heldout=10),
+        "speech": SubsetConfig(train=48, heldout=8),
     }
 
 
@@ -96,7 +118,7 @@ class DemoCorpusConfig:
     Args:
         out_dir: directory that is made, or reused where it holds the same corpus.
         seed: of everything in it, the split included.
-        subsets: samples by subset: text, asr, caption, av, dialogue.
+        subsets: samples by subset: text, asr, caption, av, dialogue, speech.
         voices: espeak-ng voices that are measured.
         max_voice_wer: voices with a higher word error rate on raw speech are left out.
         voice_check_utterances: utterances of 1 to 3 words on which each voice is measured.
@@ -221,7 +243,7 @@ def _finished(out_dir: Path, digest: str) -> dict[str, Any] | None:
         return None
     try:
         for name in summary["subsets"]:
-            for split in Split:
+            for split in _sides(name):
                 root = out_dir / split.name / name
                 for shard in read_manifest(root).shards:
                     path = root / shard.name
@@ -230,6 +252,11 @@ def _finished(out_dir: Path, digest: str) -> dict[str, Any] | None:
     except (DataError, OSError):
         return None
     return dict(summary)
+
+
+def _sides(subset: str) -> tuple[Split, ...]:
+    """Sides that a subset has."""
+    return (Split.train,) if subset == NOISY else tuple(Split)
 
 
 def _workers(num_workers: int) -> AbstractContextManager[Executor | None]:
@@ -281,6 +308,7 @@ def _write_subsets(
 ) -> dict[str, dict[str, Any]]:
     """Plan everything, train the tokenizer on the training text, then render and write."""
     from data_pipelines.shards import write_shards
+    from omni_train.data.chatml import DEFAULT_SYSTEM
     from omni_train.data.tokenizer import train_tokenizer
 
     plans = {
@@ -290,11 +318,14 @@ def _write_subsets(
         for name, planner in PLANNERS.items()
         for split in Split
     }
+    plans[NOISY, Split.train] = list(with_errors(plans["speech", Split.train], config.seed))
     training = (plan for (_, split), made in plans.items() if split is Split.train for plan in made)
-    texts = [text for plan in training for text in texts_of(plan.record)]
+    # Each dialogue as the model reads it: with the usual system turn and the names of the roles.
+    system = f"system\n{DEFAULT_SYSTEM}"
+    texts = [text for plan in training for text in (system, *texts_of(plan.record))]
     tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
     tokenizer.save_pretrained(str(root / "tokenizer"))
-    subsets: dict[str, dict[str, Any]] = {name: {} for name in PLANNERS}
+    subsets: dict[str, dict[str, Any]] = {name: {} for name, _ in plans}
     for (name, split), made in plans.items():
         folder = root / split.name / name
         samples = _rendered(made, pool)

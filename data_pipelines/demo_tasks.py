@@ -1,6 +1,6 @@
 """Samples of the demo corpus as plans: dialogue, facts, and what its media are rendered from.
 
-    text      words stuttered with fillers, shapes and clips in words -> the reply of the media task
+    text      words stuttered or asked for, shapes and clips in words -> the reply of the media task
     asr       speech of 1 to 3 words -> the words
     caption   picture of one shape -> `a large red circle`
     av        clip -> what was shown, what was said, what was shown when a word was said
@@ -14,7 +14,7 @@ about: `words`, `scenes`. Not done here: sound, pixels, files.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import cycle, islice, product
 from typing import Any
@@ -57,6 +57,12 @@ WHEN_PROMPTS = (
     "What is shown when the voice says {word}?",
     "Which shape do you see while {word} is said?",
     "The voice says {word}. What is on the screen then?",
+)
+SAY_PROMPTS = (
+    "Say {words}.",
+    "Please say: {words}",
+    "Repeat after me: {words}",
+    "Read this aloud: {words}",
 )
 NOTHING_SAID = "nothing is said"
 _FILLERS = ("um", "er", "well", "hmm")
@@ -112,11 +118,13 @@ class Recipe:
 
 
 def plan_text(recipe: Recipe) -> Iterator[SamplePlan]:
-    """Plain text: three of five copy words, one in four describes a picture, the rest a clip."""
+    """Plain text: three of five repeat words, one in four describes a picture, the rest a clip."""
     rng = recipe.rng("text")
     for key in recipe.keys("text"):
         share = rng.random()
-        if share < 0.6:
+        if share < 0.15:
+            yield _text_say(key, rng, recipe)
+        elif share < 0.6:
             yield _text_copy(key, rng, recipe)
         elif share < 0.85:
             yield _text_caption(key, rng, recipe)
@@ -126,19 +134,35 @@ def plan_text(recipe: Recipe) -> Iterator[SamplePlan]:
 
 def plan_asr(recipe: Recipe) -> Iterator[SamplePlan]:
     """Speech; a pair of word sequence and voice comes once as long as there are others."""
-    rng = recipe.rng("asr")
+    drawn = draw_utterances(recipe, "asr", _LENGTH_SHARES, recipe.voices)
+    for key, (words, voice) in zip(recipe.keys("asr"), drawn, strict=True):
+        text = " ".join(words)
+        messages = [user_message(("audio", "0.wav"), pick(ASR_PROMPTS, key)), reply_message(text)]
+        meta = {"words": [text], "scenes": []}
+        yield SamplePlan(
+            key, sample_record(messages, "asr", meta, voice), {"0.wav": Speech(text, voice)}
+        )
+
+
+def draw_utterances(
+    recipe: Recipe, subset: str, shares: tuple[float, ...], voices: tuple[str, ...]
+) -> list[tuple[tuple[str, ...], str]]:
+    """Draw words and voice of each sample; a pair comes once as long as there are others.
+
+    Args:
+        recipe, subset: how many, and whose generator.
+        shares: of 1, 2 and 3 words.
+        voices: every one as often as any other.
+    """
+    rng = recipe.rng(subset)
     drawn: list[tuple[tuple[str, ...], str]] = []
-    for length, share in enumerate(_LENGTH_SHARES, 1):
-        pairs = list(product(word_sequences(length, recipe.split, recipe.seed), recipe.voices))
+    for length, share in enumerate(shares, 1):
+        pairs = list(product(word_sequences(length, recipe.split, recipe.seed), voices))
         rng.shuffle(pairs)
         wanted = recipe.count - len(drawn) if length == MAX_WORDS else round(share * recipe.count)
         drawn += islice(cycle(pairs), wanted)
     rng.shuffle(drawn)
-    for key, (words, voice) in zip(recipe.keys("asr"), drawn, strict=True):
-        text = " ".join(words)
-        messages = [_user(("audio", "0.wav"), pick(ASR_PROMPTS, key)), _assistant(text)]
-        meta = {"words": [text], "scenes": []}
-        yield SamplePlan(key, _record(messages, "asr", meta, voice), {"0.wav": Speech(text, voice)})
+    return drawn
 
 
 def plan_caption(recipe: Recipe) -> Iterator[SamplePlan]:
@@ -148,12 +172,12 @@ def plan_caption(recipe: Recipe) -> Iterator[SamplePlan]:
     rng.shuffle(pool)
     for key, scene in zip(recipe.keys("caption"), cycle(pool), strict=False):
         messages = [
-            _user(("image", "0.png"), pick(CAPTION_PROMPTS, key)),
-            _assistant(scene.caption),
+            user_message(("image", "0.png"), pick(CAPTION_PROMPTS, key)),
+            reply_message(scene.caption),
         ]
         meta = {"words": [], "scenes": [_content(scene)]}
         media: dict[str, MediaPlan] = {"0.png": Picture(scene, rng.getrandbits(32))}
-        yield SamplePlan(key, _record(messages, "caption", meta), media)
+        yield SamplePlan(key, sample_record(messages, "caption", meta), media)
 
 
 def plan_av(recipe: Recipe) -> Iterator[SamplePlan]:
@@ -171,9 +195,9 @@ def plan_av(recipe: Recipe) -> Iterator[SamplePlan]:
         names = [slot.scene.name for slot in plan.slots]
         heard = [(said.word, names[said.slot]) for said in plan.spoken if said.slot >= 0]
         kind, prompt, answer = _clip_question(key, rng, names, [s.word for s in plan.spoken], heard)
-        messages = [_user(("video", "0.mp4"), prompt), _assistant(answer)]
+        messages = [user_message(("video", "0.mp4"), prompt), reply_message(answer)]
         meta = {"question": kind, **_schedule(plan)}
-        yield SamplePlan(key, _record(messages, "av", meta, plan.voice), {"0.mp4": plan})
+        yield SamplePlan(key, sample_record(messages, "av", meta, plan.voice), {"0.mp4": plan})
 
 
 def plan_dialogue(recipe: Recipe) -> Iterator[SamplePlan]:
@@ -190,17 +214,8 @@ def plan_dialogue(recipe: Recipe) -> Iterator[SamplePlan]:
         draft = _Draft(key, rng, recipe)
         kinds[number % len(kinds)](draft)
         meta = {"words": draft.words, "scenes": [_content(scene) for scene in draft.scenes]}
-        record = _record(draft.messages, "dialogue", meta, draft.voice if draft.words else "")
+        record = sample_record(draft.messages, "dialogue", meta, draft.voice if draft.words else "")
         yield SamplePlan(key, record, draft.media)
-
-
-PLANNERS: dict[str, Callable[[Recipe], Iterator[SamplePlan]]] = {
-    "text": plan_text,
-    "asr": plan_asr,
-    "caption": plan_caption,
-    "av": plan_av,
-    "dialogue": plan_dialogue,
-}
 
 
 def stutter(words: tuple[str, ...], rng: random.Random) -> str:
@@ -248,7 +263,7 @@ class _Draft:
 
     def ask(self, question: str, answer: str, *media: tuple[str, str]) -> None:
         """Add a turn."""
-        self.messages += [_user(*media, question), _assistant(answer)]
+        self.messages += [user_message(*media, question), reply_message(answer)]
 
 
 def _about_picture(draft: _Draft) -> None:
@@ -290,9 +305,20 @@ def _about_text_and_speech(draft: _Draft) -> None:
 def _text_copy(key: str, rng: random.Random, recipe: Recipe) -> SamplePlan:
     words = draw_words(rng, rng.randint(1, 4), recipe.split, recipe.seed)
     prompt = pick(ASR_PROMPTS, key)
-    messages = [_user(f"{stutter(words, rng)}\n{prompt}"), _assistant(" ".join(words))]
+    messages = [user_message(f"{stutter(words, rng)}\n{prompt}"), reply_message(" ".join(words))]
     meta = {"words": [" ".join(words)], "scenes": []}
-    return SamplePlan(key, _record(messages, "text_copy", meta))
+    return SamplePlan(key, sample_record(messages, "text_copy", meta))
+
+
+def _text_say(key: str, rng: random.Random, recipe: Recipe) -> SamplePlan:
+    text = " ".join(draw_words(rng, rng.randint(1, 4), recipe.split, recipe.seed))
+    messages = [user_message(say_prompt(key, text)), reply_message(text)]
+    return SamplePlan(key, sample_record(messages, "text_say", {"words": [text], "scenes": []}))
+
+
+def say_prompt(key: str, text: str) -> str:
+    """Return a request for a spoken reply, as the language model knows it from plain text."""
+    return pick(SAY_PROMPTS, key).format(words=text)
 
 
 def _text_caption(key: str, rng: random.Random, recipe: Recipe) -> SamplePlan:
@@ -300,9 +326,12 @@ def _text_caption(key: str, rng: random.Random, recipe: Recipe) -> SamplePlan:
     facts = [scene.size, scene.color, scene.shape, scene.place]
     rng.shuffle(facts)
     prompt = pick(CAPTION_PROMPTS, key)
-    messages = [_user(f"{stutter(tuple(facts), rng)}\n{prompt}"), _assistant(scene.caption)]
+    messages = [
+        user_message(f"{stutter(tuple(facts), rng)}\n{prompt}"),
+        reply_message(scene.caption),
+    ]
     meta = {"words": [], "scenes": [_content(scene)]}
-    return SamplePlan(key, _record(messages, "text_caption", meta))
+    return SamplePlan(key, sample_record(messages, "text_caption", meta))
 
 
 def _text_clip(key: str, rng: random.Random, recipe: Recipe) -> SamplePlan:
@@ -320,13 +349,13 @@ def _text_clip(key: str, rng: random.Random, recipe: Recipe) -> SamplePlan:
     names = [scene.name for scene in shown]
     heard = [(word, names[place]) for place, word in said.items()]
     kind, prompt, answer = _clip_question(key, rng, names, list(words), heard)
-    messages = [_user(f"{', '.join(parts)}\n{prompt}"), _assistant(answer)]
+    messages = [user_message(f"{', '.join(parts)}\n{prompt}"), reply_message(answer)]
     meta = {
         "question": kind,
         "words": [" ".join(words)] if words else [],
         "scenes": [_content(scene) for scene in shown],
     }
-    return SamplePlan(key, _record(messages, "text_clip", meta))
+    return SamplePlan(key, sample_record(messages, "text_clip", meta))
 
 
 def _clip_question(
@@ -367,18 +396,24 @@ def _content(scene: Scene) -> str:
     return f"{scene.size} {scene.color} {scene.shape} {scene.place}"
 
 
-def _user(*items: tuple[str, str] | str) -> dict[str, Any]:
+def user_message(*items: tuple[str, str] | str) -> dict[str, Any]:
+    """Return a turn of text and of media, each (kind, member)."""
     typed = [("text", item) if isinstance(item, str) else item for item in items]
     return {"role": "user", "content": [{"type": kind, kind: value} for kind, value in typed]}
 
 
-def _assistant(text: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+def reply_message(text: str, speech: str = "") -> dict[str, Any]:
+    """Return a turn of the assistant; `speech` is the member that says it."""
+    content = [{"type": "text", "text": text}]
+    if speech:
+        content.append({"type": "speech", "speech": speech})
+    return {"role": "assistant", "content": content}
 
 
-def _record(
+def sample_record(
     messages: list[dict[str, Any]], task: str, meta: dict[str, Any], voice: str = ""
 ) -> dict[str, Any]:
+    """Return the JSON member of a sample."""
     return {
         "messages": messages,
         "task": task,
@@ -390,10 +425,9 @@ def _record(
 
 
 def texts_of(record: dict[str, Any]) -> list[str]:
-    """All text of a dialogue, for the tokenizer."""
-    return [
-        item["text"]
-        for turn in record["messages"]
-        for item in turn["content"]
-        if item["type"] == "text"
-    ]
+    """All text of a dialogue with the names of its roles, for the tokenizer."""
+    texts = []
+    for turn in record["messages"]:
+        texts.append(f"{turn['role']}\n")
+        texts += [item["text"] for item in turn["content"] if item["type"] == "text"]
+    return texts

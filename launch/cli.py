@@ -54,9 +54,16 @@ def _add_checks(add: Add) -> None:
         "Make a small corpus and train the recipe on two CPU ranks; no GPU, no network.",
         "omni-train demo",
         "omni-train demo --quick",
+        "omni-train demo --talker",
         "omni-train demo --fresh",
     )
     demo.add_argument("--quick", action="store_true", help="few steps, structural checks only")
+    demo.add_argument(
+        "--talker", action="store_true", help="go on: a codec, and a Talker that learns to speak"
+    )
+    demo.add_argument(
+        "--controls", action="store_true", help="then the comparisons behind the claims"
+    )
     demo.add_argument("--fresh", action="store_true", help="train anew instead of continuing")
     demo.add_argument("--name", help="directory under runs/; the default is demo or demo-quick")
     demo.add_argument("--seed", type=int, help="of corpus, split and weights; another world")
@@ -168,7 +175,14 @@ def _fail(message: str) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from launch.demo import run_demo
 
-    return run_demo(quick=args.quick, fresh=args.fresh, name=args.name, seed=args.seed)
+    return run_demo(
+        quick=args.quick,
+        talker=args.talker,
+        controls=args.controls,
+        fresh=args.fresh,
+        name=args.name,
+        seed=args.seed,
+    )
 
 
 def _stages(args: argparse.Namespace) -> int:

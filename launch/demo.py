@@ -1,4 +1,7 @@
-"""`omni-train demo`: corpus, text LM, both stage-1 towers in two phases each, and their evaluation.
+"""`omni-train demo`: corpus, text LM, both stage-1 towers in two phases, and their evaluation.
+
+`--talker` goes on with the codec and the Talker, `--controls` with the comparisons behind the
+claims, each from the checkpoints of what came before.
 
 Every stage is the recipe that a cluster would run, on two ZeRO-3 CPU ranks, with settings from
 `conf/experiment/demo/`. A stage that is done is not run again, so the same command continues where
@@ -21,9 +24,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
 from launch.data import make_corpus
-from launch.demo_report import print_summary, summarise, write_summary
+from launch.demo_report import keep_audio, print_summary, summarise, write_summary
 from launch.local import run_recipe
 from launch.stages import REPO
+from omni_train.config.errors import ConfigError, DataError
 from omni_train.engine.exit_codes import ExitCode
 from omni_train.tracking.events import read_new
 
@@ -40,16 +44,36 @@ class Stage:
     Args:
         name: of its run directory, its experiment file and its row in the tables.
         recipe: script under `recipes/`.
-        quick_steps: global steps under `--quick`; 0 for an evaluation.
+        quick_steps: global steps under `--quick`; 0 for what has none.
+        experiment: file, where it is another stage's.
+        overrides: what differs from that file.
     """
 
     name: str
     recipe: str
     quick_steps: int = 0
+    experiment: str = ""
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """Codes for one set of spoken replies, by the codec of the demo.
+
+    Args:
+        subset: directory under `corpus/`, and under `codes/`.
+    """
+
+    subset: str
+
+    @property
+    def name(self) -> str:
+        """Of its row on the screen."""
+        return f"codes_{Path(self.subset).name}"
 
 
 # What starts from what stands in the experiments, as `model.init_from`.
-STAGES = (
+STAGES: tuple[Stage | Codes, ...] = (
     Stage("text_lm", "text_lm", quick_steps=8),
     Stage("stage1_audio_adapter", "stage1_audio", quick_steps=4),
     Stage("stage1_audio_encoder", "stage1_audio", quick_steps=6),
@@ -59,6 +83,32 @@ STAGES = (
     Stage("evaluate_audio_encoder", "evaluate"),
     Stage("evaluate_vision_encoder", "evaluate"),
 )
+TALKER: tuple[Stage | Codes, ...] = (
+    Stage("speech_codec", "speech_codec"),
+    Codes("train/speech_noisy"),
+    Stage("talker_icl", "talker_icl", quick_steps=6),
+    Stage("evaluate_talker_icl", "evaluate"),
+)
+# The same Talker on the same speech with the right texts.
+CONTROLS: tuple[Stage | Codes, ...] = (
+    Codes("train/speech"),
+    Stage(
+        "talker_icl_clean",
+        "talker_icl",
+        quick_steps=6,
+        experiment="talker_icl",
+        overrides=("data.sources.speech.path=runs/${run.experiment}/codes/train/speech",),
+    ),
+    Stage(
+        "evaluate_talker_icl_clean",
+        "evaluate",
+        experiment="evaluate_talker_icl",
+        overrides=("model.init_from=runs/${run.experiment}/talker_icl_clean",),
+    ),
+)
+
+
+ALL = STAGES + TALKER + CONTROLS
 
 
 @dataclass(slots=True)
@@ -82,7 +132,9 @@ class _Follower:
         if "step" in self.shown:
             last = self.shown["step"]
             total = self.shown.get("fit_start", {}).get("max_steps")
-            detail = f"loss {float(last['loss']):.3f}  {last['tokens_per_s']:.0f} tok/s"
+            detail = f"loss {float(last['loss']):.3f}"
+            if "tokens_per_s" in last:
+                detail += f"  {last['tokens_per_s']:.0f} tok/s"
             self.progress.update(self.task, total=total, completed=last["step"], detail=detail)
         elif "evaluation" in self.shown:
             last = self.shown["evaluation"]
@@ -91,12 +143,20 @@ class _Follower:
 
 
 def run_demo(
-    *, quick: bool, fresh: bool = False, name: str | None = None, seed: int | None = None
+    *,
+    quick: bool,
+    talker: bool = False,
+    controls: bool = False,
+    fresh: bool = False,
+    name: str | None = None,
+    seed: int | None = None,
 ) -> int:
     """Run the demo and return the exit code; `summary.json` holds the figures.
 
     Args:
         quick: few steps on a small corpus, and only the structural checks.
+        talker: go on with the codec and the Talker; what the demo has done is not done again.
+        controls: then run the comparisons too.
         fresh: remove what an earlier demo trained; its corpus is kept where it still fits.
         name: directory under `runs/`; where it is None, `demo` or `demo-quick`, and the seed.
         seed: of the corpus, its split into train and held-out, and the weights; None is 0, on
@@ -112,32 +172,48 @@ def run_demo(
     if not _NAME.fullmatch(root.name):
         console.print(f"--name={name}: letters, digits, . _ and - make a name")
         return int(ExitCode.usage)
-    for stage in STAGES if fresh else ():
-        shutil.rmtree(root / stage.name, ignore_errors=True)
+    steps = STAGES + (TALKER if talker or controls else ()) + (CONTROLS if controls else ())
+    for folder in [*(step.name for step in ALL), "codes"] if fresh else ():
+        shutil.rmtree(root / folder, ignore_errors=True)
     started = time.monotonic()
+    with _bars(console) as progress:
+        code = _make_corpus(root, progress, quick=quick, seed=seed)
+        for step in steps if code == 0 else ():
+            if isinstance(step, Codes):
+                code = _add_codes(step, root, progress, quick=quick)
+            else:
+                code = _run_stage(step, root, progress, quick=quick, seed=seed)
+            if code != 0:
+                break
+    if code != 0:
+        return code
+    summary = summarise(root, stages=_trained(root), seconds=time.monotonic() - started)
+    write_summary(root, summary)
+    keep_audio(root)
+    return print_summary(console, summary, root, quick=quick)
+
+
+def _trained(root: Path) -> list[str]:
+    """Training stages that are done; what an earlier call added stays in the summary."""
+    names = [s.name for s in ALL if isinstance(s, Stage) and s.quick_steps]
+    states = {name: root / name / "state.json" for name in names}
+    return [
+        name
+        for name, path in states.items()
+        if path.exists() and json.loads(path.read_bytes())["status"] == "done"
+    ]
+
+
+def _bars(console: Console) -> Progress:
+    """A line for each stage."""
     columns = (
-        TextColumn("{task.description}", table_column=Column(min_width=23, no_wrap=True)),
+        TextColumn("{task.description}", table_column=Column(min_width=25, no_wrap=True)),
         BarColumn(bar_width=10),
         TextColumn("{task.completed:.0f}", table_column=Column(min_width=4, justify="right")),
         TimeElapsedColumn(table_column=Column(min_width=7)),
         TextColumn("{task.fields[detail]}", table_column=Column(no_wrap=True)),
     )
-    with Progress(*columns, console=console, refresh_per_second=4) as progress:
-        code = _make_corpus(root, progress, quick=quick, seed=seed)
-        for stage in STAGES if code == 0 else ():
-            code = _run_stage(stage, root, progress, quick=quick, seed=seed)
-            if code != 0:
-                break
-    if code != 0:
-        return code
-    summary = summarise(
-        root,
-        stages=[stage.name for stage in STAGES if stage.recipe != "evaluate"],
-        evaluations=[stage.name for stage in STAGES if stage.recipe == "evaluate"],
-        seconds=time.monotonic() - started,
-    )
-    write_summary(root, summary)
-    return print_summary(console, summary, root, quick=quick)
+    return Progress(*columns, console=console, refresh_per_second=4)
 
 
 def _make_corpus(root: Path, progress: Progress, *, quick: bool, seed: int | None) -> int:
@@ -156,9 +232,42 @@ def _make_corpus(root: Path, progress: Progress, *, quick: bool, seed: int | Non
     return 0
 
 
+def _add_codes(step: Codes, root: Path, progress: Progress, *, quick: bool) -> int:
+    """Write the set again with codes beside the speech, or find it finished."""
+    from launch.failures import describe
+
+    task = progress.add_task(step.name, total=None, detail="codes beside the speech")
+
+    def done(line: str) -> None:
+        progress.update(task, detail=line)
+
+    try:
+        from data_pipelines.codes import add_codes
+        from omni_train.speech.codec import CodecConfig
+
+        made = add_codes(
+            root / "corpus" / step.subset,
+            root / "codes" / step.subset,
+            CodecConfig(path=str(root / "speech_codec")),
+            tokenizer_dir=str(root / "corpus" / "tokenizer"),
+            # A worker would take longer to start than a small set takes.
+            num_workers=0 if quick else RANKS,
+            report=done,
+        )
+    except (ConfigError, DataError, OSError) as error:
+        code, text = describe(error)
+        progress.console.print(text)
+        return int(code)
+    assert made is not None, "all parts at once"
+    num_samples = sum(shard.num_samples for shard in made.shards)
+    progress.update(task, total=1, completed=1, detail=f"{num_samples} spoken replies")
+    return 0
+
+
 def overrides_of(stage: Stage, root: Path, *, quick: bool, seed: int | None) -> list[str]:
     """Return what a stage's command line says; the directory is known by the experiment's name."""
-    overrides = [f"experiment=demo/{stage.name}", f"run.experiment={root.name}"]
+    overrides = [f"experiment=demo/{stage.experiment or stage.name}"]
+    overrides += [f"run.experiment={root.name}", *stage.overrides]
     if quick and stage.quick_steps:
         overrides.append(f"fit.max_steps={stage.quick_steps}")
     if seed is not None:
@@ -179,6 +288,8 @@ def _run_stage(
         follow=follow,
     )
     follow()
+    # A stage without a known number of steps never fills its bar.
+    progress.stop_task(follow.task)
     if code != 0:
         log = run_dir / "logs" / "rank-00000.out"
         if log.exists():

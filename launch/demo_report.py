@@ -6,6 +6,7 @@ Reads event logs and `corpus.json`; starts nothing.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ _LOSS_STEPS = 5
 # What the demo promises on held-out content; rates are 0..1.
 MAX_ASR_WER = 0.15
 MIN_CAPTION_ACCURACY = 0.75
+MAX_CODEC_WER = 0.05
+# Of the demo's own Talker, half of whose texts are wrong, and of the control's.
+MAX_TALKER_WER = {"talker_wer_icl": 0.5, "talker_wer_icl_clean": 0.12}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,30 +73,22 @@ def stage_result(run_dir: Path) -> StageResult:
     )
 
 
-def summarise(
-    root: Path,
-    *,
-    stages: list[str],
-    evaluations: list[str],
-    seconds: float,
-) -> dict[str, Any]:
+def scores_of(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """Return the last `evaluation` event of each task of a run; none where it never ran."""
+    log = run_dir / "events.jsonl"
+    events = read_jsonl(log) if log.exists() else ()
+    return {event["task"]: event for event in events if event["kind"] == "evaluation"}
+
+
+def summarise(root: Path, *, stages: list[str], seconds: float) -> dict[str, Any]:
     """Return the content of `summary.json`.
 
     Args:
         root: directory of the demo.
         stages: run directories of training stages, in order.
-        evaluations: run directories of evaluations.
         seconds: of the whole command.
     """
     results = [stage_result(root / name) for name in stages]
-    scores = {
-        name: {
-            event["task"]: float(event["value"])
-            for event in read_jsonl(root / name / "events.jsonl")
-            if event["kind"] == "evaluation"
-        }
-        for name in evaluations
-    }
     corpus = json.loads((root / "corpus" / "corpus.json").read_text(encoding="utf-8"))
     start = next(e for e in read_jsonl(root / stages[0] / "events.jsonl") if "versions" in e)
     resolved = yaml.safe_load((root / stages[0] / "resolved.yaml").read_text(encoding="utf-8"))
@@ -104,14 +100,46 @@ def summarise(
         "versions": start["versions"],
         "stages": [asdict(result) for result in results],
         "metrics": {
-            "asr_wer_before_encoder": scores["evaluate_audio_adapter"]["asr"],
-            "asr_wer_stage1": scores["evaluate_audio_encoder"]["asr"],
-            "caption_accuracy": scores["evaluate_vision_encoder"]["caption"],
+            "asr_wer_before_encoder": scores_of(root / "evaluate_audio_adapter")["asr"]["value"],
+            "asr_wer_stage1": scores_of(root / "evaluate_audio_encoder")["asr"]["value"],
+            "caption_accuracy": scores_of(root / "evaluate_vision_encoder")["caption"]["value"],
             "raw_speech_wer": {
                 name: voice["wer"] for name, voice in corpus["voices"].items() if voice["kept"]
             },
+            **speech_rates(root),
         },
     }
+
+
+def speech_rates(root: Path) -> dict[str, Any]:
+    """Word error rates of speech, through the codec and sampled, of the runs that there are."""
+    found: dict[str, Any] = {}
+    if voices := scores_of(root / "speech_codec").values():
+        found["codec_wer"] = {score["voice"]: score["value"] for score in voices}
+    for key in MAX_TALKER_WER:
+        scores = scores_of(root / key.replace("talker_wer", "evaluate_talker"))
+        if "tts" in scores:
+            rates, count = scores["tts"]["figures"], scores["tts"]["num_samples"]
+            found[key] = {"mean": rates["wer"], "low": rates["low"], "high": rates["high"]}
+            found[key]["n"] = count
+    return found
+
+
+def keep_audio(root: Path) -> None:
+    """Copy the waves that the Talker's evaluation kept to `audio/`, with what was to be said."""
+    evaluation, folder = root / "evaluate_talker_icl", root / "audio"
+    if not (evaluation / "events.jsonl").exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    spoken = [e for e in read_jsonl(evaluation / "events.jsonl") if e["kind"] == "audio"]
+    shown = ("wave", "speaker", "text", "heard", "wer")
+    lines = []
+    for event in {event["key"]: event for event in spoken}.values():
+        name = Path(event["wave"]).name
+        shutil.copy(evaluation / event["wave"], folder / name)
+        lines.append(json.dumps({field: event[field] for field in shown} | {"wave": name}) + "\n")
+    (folder / "texts.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def write_summary(root: Path, summary: dict[str, Any]) -> None:
@@ -140,7 +168,37 @@ def failures(summary: dict[str, Any], *, quick: bool) -> list[str]:
     if metrics["caption_accuracy"] < MIN_CAPTION_ACCURACY:
         low = metrics["caption_accuracy"]
         found.append(f"caption accuracy {low:.3f} is below {MIN_CAPTION_ACCURACY}")
+    return found + _speech_failures(metrics)
+
+
+def _speech_failures(metrics: dict[str, Any]) -> list[str]:
+    found = [
+        f"WER of {voice} after the codec {rate:.3f} is above {MAX_CODEC_WER}"
+        for voice, rate in metrics.get("codec_wer", {}).items()
+        if rate > MAX_CODEC_WER
+    ]
+    for key, most in MAX_TALKER_WER.items():
+        if key in metrics and metrics[key]["mean"] > most:
+            found.append(f"{key} {metrics[key]['mean']:.3f} is above {most}")
     return found
+
+
+def _rows(metrics: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """What is measured, by whom, and the figure."""
+    heard = "PocketSphinx, jiwer"
+    rows = [
+        ("WER of the raw speech, worst voice kept", heard, max(metrics["raw_speech_wer"].values())),
+        ("ASR WER before the encoder phase", "jiwer", metrics["asr_wer_before_encoder"]),
+        ("ASR WER after stage 1", "jiwer", metrics["asr_wer_stage1"]),
+        ("captions right, word for word", "exact match", metrics["caption_accuracy"]),
+    ]
+    if "codec_wer" in metrics:
+        worst = max(metrics["codec_wer"].values())
+        rows.append(("WER after the codec, worst voice kept", heard, worst))
+    for key, texts in (("talker_wer_icl", "half of them wrong"), ("talker_wer_icl_clean", "right")):
+        if key in metrics:
+            rows.append((f"WER of the Talker, texts {texts}", heard, metrics[key]["mean"]))
+    return rows
 
 
 def print_summary(console: Console, summary: dict[str, Any], root: Path, *, quick: bool) -> int:
@@ -164,14 +222,7 @@ def print_summary(console: Console, summary: dict[str, Any], root: Path, *, quic
     scores = Table(title="on held-out content", box=SIMPLE)
     for name in ("measure", "by", "value"):
         scores.add_column(name, justify="right" if name == "value" else "left")
-    worst = max(metrics["raw_speech_wer"].values())
-    rows = [
-        ("WER of the raw speech, worst voice kept", "PocketSphinx, jiwer", worst),
-        ("ASR WER before the encoder phase", "jiwer", metrics["asr_wer_before_encoder"]),
-        ("ASR WER after stage 1", "jiwer", metrics["asr_wer_stage1"]),
-        ("captions right, word for word", "exact match", metrics["caption_accuracy"]),
-    ]
-    for measure, by, value in rows:
+    for measure, by, value in _rows(metrics):
         scores.add_row(measure, by, f"{100 * value:.1f} %")
     console.print(scores)
     found = failures(summary, quick=quick)

@@ -1,4 +1,4 @@
-"""The whole chain as a user starts it: `omni-train demo --quick` on two ZeRO-3 ranks."""
+"""The whole chain as a user starts it: `omni-train demo --quick`, then `--talker`, on two ranks."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 
-from launch.demo import STAGES
+from launch.demo import STAGES, TALKER, Codes, Stage
 from launch.demo_report import failures
 from launch.local import child_environment
 from launch.stages import REPO
 from omni_train.tracking.events import read_jsonl
 
-TRAINING = [stage for stage in STAGES if stage.recipe != "evaluate"]
+
+def trained(steps: tuple[Stage | Codes, ...]) -> list[Stage]:
+    return [step for step in steps if isinstance(step, Stage) and step.quick_steps]
 
 
-def demo(name: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "launch", "demo", "--quick", "--name", name]
+def demo(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launch", "demo", "--quick", "--name", name, *flags]
     return subprocess.run(
         command, cwd=REPO, env=child_environment(), capture_output=True, text=True, timeout=900
     )
@@ -41,16 +44,20 @@ def done() -> Iterator[tuple[Path, str, str]]:
         shutil.rmtree(REPO / "runs" / name, ignore_errors=True)
 
 
-def test_summary_has_what_was_promised(done: tuple[Path, str, str]) -> None:
-    root, _, output = done
-    summary = json.loads((root / "summary.json").read_text())
-    assert (summary["ranks"], summary["zero_stage"]) == (2, 3)
-    assert [stage["name"] for stage in summary["stages"]] == [stage.name for stage in TRAINING]
-    for stage, planned in zip(summary["stages"], TRAINING, strict=True):
+def check_stages(found: list[dict[str, Any]], training: list[Stage]) -> None:
+    assert [stage["name"] for stage in found] == [stage.name for stage in training]
+    for stage, planned in zip(found, training, strict=True):
         assert stage["steps"] == planned.quick_steps
         assert stage["frozen_unchanged"], stage
         assert stage["trained_changed"], stage
         assert stage["seconds"] > 0
+
+
+def test_summary_has_what_was_promised(done: tuple[Path, str, str]) -> None:
+    root, _, output = done
+    summary = json.loads((root / "summary.json").read_text())
+    assert (summary["ranks"], summary["zero_stage"]) == (2, 3)
+    check_stages(summary["stages"], trained(STAGES))
     assert {"torch", "deepspeed", "transformers"} <= set(summary["versions"])
     metrics = summary["metrics"]
     assert {"asr_wer_before_encoder", "asr_wer_stage1", "caption_accuracy"} <= set(metrics)
@@ -58,19 +65,42 @@ def test_summary_has_what_was_promised(done: tuple[Path, str, str]) -> None:
     assert "all promises held" in output
 
 
-def test_a_finished_demo_is_not_trained_again(done: tuple[Path, str, str]) -> None:
+@pytest.mark.slow
+def test_the_talker_goes_on_from_a_finished_demo(done: tuple[Path, str, str]) -> None:
     root, name, _ = done
-    again = demo(name)
+    again = demo(name, "--talker")
     assert again.returncode == 0, again.stdout + again.stderr
-    for stage in TRAINING:
+    # What was trained is not trained again.
+    for stage in trained(STAGES):
         events = list(read_jsonl(root / stage.name / "events.jsonl"))
         assert sum(e["kind"] == "step" for e in events) == stage.quick_steps
         assert sum(e["kind"] == "run_resume" for e in events) == 1
+    summary = json.loads((root / "summary.json").read_text())
+    check_stages(summary["stages"], trained(STAGES + TALKER))
+    metrics = summary["metrics"]
+    assert set(metrics["codec_wer"]) == set(metrics["raw_speech_wer"])
+    spoken = metrics["talker_wer_icl"]
+    assert spoken["low"] <= spoken["mean"] <= spoken["high"]
+    assert spoken["n"] == 8
+    lines = (root / "audio" / "texts.jsonl").read_text().splitlines()
+    kept = [json.loads(line) for line in lines]
+    assert {entry["wave"] for entry in kept} == {p.name for p in (root / "audio").glob("*.wav")}
+    assert len(kept) <= 5
+    for entry in kept:
+        assert soundfile.info(root / "audio" / entry["wave"]).samplerate == 16_000
+        assert 1 <= len(entry["text"].split()) <= 3
 
 
 def summary_with(**changes: Any) -> dict[str, Any]:
     stage = {"name": "s", "frozen_unchanged": True, "trained_changed": True}
-    metrics = {"asr_wer_before_encoder": 0.9, "asr_wer_stage1": 0.1, "caption_accuracy": 0.9}
+    metrics: dict[str, Any] = {
+        "asr_wer_before_encoder": 0.9,
+        "asr_wer_stage1": 0.1,
+        "caption_accuracy": 0.9,
+        "codec_wer": {"en-us": 0.0},
+        "talker_wer_icl": {"mean": 0.3},
+        "talker_wer_icl_clean": {"mean": 0.1},
+    }
     for key, value in changes.items():
         (metrics if key in metrics else stage)[key] = value
     return {"stages": [{"loss_first": 2.0, "loss_last": 1.0, **stage}], "metrics": metrics}
@@ -85,6 +115,9 @@ def summary_with(**changes: Any) -> dict[str, Any]:
         ({"asr_wer_stage1": 0.2}, "above 0.15"),
         ({"asr_wer_before_encoder": 0.05}, "did not fall"),
         ({"caption_accuracy": 0.7}, "below 0.75"),
+        ({"codec_wer": {"en-us": 0.01, "en-gb": 0.06}}, "en-gb after the codec 0.060"),
+        ({"talker_wer_icl": {"mean": 0.51}}, "above 0.5"),
+        ({"talker_wer_icl_clean": {"mean": 0.13}}, "above 0.12"),
     ],
 )
 def test_each_broken_promise_fails_the_demo(changes: dict[str, Any], said: str) -> None:

@@ -18,19 +18,29 @@ import xxhash
 from omegaconf import OmegaConf
 
 from data_pipelines.clips import word_wave
-from data_pipelines.demo_content import COLORS, SHAPES, Split, scenes, word_sequences
+from data_pipelines.demo_content import (
+    COLORS,
+    SHAPES,
+    VOCABULARY,
+    Split,
+    scenes,
+    word_sequences,
+)
 from data_pipelines.demo_corpus import (
+    NOISY,
+    PLANNERS,
     VOICES,
     DemoCorpusConfig,
     SubsetConfig,
     build_demo_corpus,
     quick_config,
 )
-from data_pipelines.demo_tasks import CAPTION_PROMPTS, PLANNERS, Recipe
+from data_pipelines.demo_speech import plan_speech
+from data_pipelines.demo_tasks import CAPTION_PROMPTS, Recipe
 from data_pipelines.voices import SAMPLE_RATE_HZ
 from omni_train.config.errors import ConfigError
 from omni_train.data.index import index_path, read_index, read_manifest
-from omni_train.data.tokenizer import load_tokenizer, tokenizer_hash
+from omni_train.data.tokenizer import encode_text, load_tokenizer, tokenizer_hash
 from omni_train.data.types import IndexRow
 
 SIZES = {
@@ -39,8 +49,9 @@ SIZES = {
     "caption": SubsetConfig(train=24, heldout=12),
     "av": SubsetConfig(train=24, heldout=24),
     "dialogue": SubsetConfig(train=10, heldout=10),
+    "speech": SubsetConfig(train=20, heldout=10),
 }
-SETS = [(split.name, name) for split in Split for name in SIZES]
+SETS = [(split.name, name) for split in Split for name in SIZES] + [("train", NOISY)]
 
 
 def config(out_dir: Path, **changes: Any) -> DemoCorpusConfig:
@@ -95,11 +106,12 @@ def test_plain_webdataset_reads_every_sample(corpus: Path) -> None:
         indexed = rows(corpus, split, name)
         seen = list(samples(corpus, split, name))
         assert [sample["__key__"] for sample in seen] == [row.key for row in indexed]
-        assert len(seen) == getattr(SIZES[name], split)
+        assert len(seen) == getattr(SIZES["speech" if name == NOISY else name], split)
         for sample, row in zip(seen, indexed, strict=True):
             assert xxhash.xxh3_64_hexdigest(sample["json"]) == row.json_xxh3
             members = {key for key in sample if not key.startswith("__") and key != "json"}
-            assert members == {info.member for info in row.media}
+            spoken = {"reply.wav"} if name in ("speech", NOISY) else set()
+            assert members == {info.member for info in row.media} | spoken
             for info in row.media:
                 assert xxhash.xxh3_64_hexdigest(sample[info.member]) == info.xxh3
 
@@ -126,6 +138,13 @@ def test_meta_tells_the_content_of_each_reply(corpus: Path) -> None:
     for record in records(corpus, "heldout", "caption"):
         (scene,) = record["meta"]["scenes"]
         assert reply(record) == "a " + " ".join(scene.split()[:3])
+
+
+def test_every_single_word_is_training_content() -> None:
+    assert len(word_sequences(1, Split.train, 3)) == len(VOCABULARY)
+    assert not word_sequences(1, Split.heldout, 3)
+    held_out = plan_speech(Recipe(50, Split.heldout, ("en-us",), 3))
+    assert {len(plan.record["meta"]["words"][0].split()) for plan in held_out} == {2, 3}
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -232,10 +251,20 @@ def test_kept_voices_are_understood(corpus: Path) -> None:
     assert summary["subsets"]["av"]["hours"] > 0
 
 
+def test_errors_are_in_the_text_and_not_in_the_sound(corpus: Path) -> None:
+    clean, noisy = (list(samples(corpus, "train", name)) for name in ("speech", NOISY))
+    assert [s["__key__"] for s in noisy] == [s["__key__"] for s in clean]
+    assert [s["reply.wav"] for s in noisy] == [s["reply.wav"] for s in clean]
+    changed = [a["json"] != b["json"] for a, b in zip(clean, noisy, strict=True)]
+    assert changed == [number % 2 == 1 for number in range(SIZES["speech"].train)]
+
+
 def test_tokenizer_is_the_one_that_counted(corpus: Path) -> None:
     tokenizer = load_tokenizer(corpus / "tokenizer")
     for split, name in SETS:
         assert read_manifest(corpus / split / name).tokenizer_hash == tokenizer_hash(tokenizer)
+    # The frame of every dialogue is whole words, or prompts would be twice as long.
+    assert len(encode_text(tokenizer, "system\nYou are a helpful assistant.")) <= 8
 
 
 def test_a_finished_corpus_is_reused_and_a_damaged_one_is_not(

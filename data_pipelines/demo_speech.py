@@ -1,0 +1,92 @@
+"""Spoken replies of the demo corpus: a user asks for words, the assistant says them.
+
+    speech          request in one of several wordings -> the words, written and spoken
+    speech_noisy    the same sounds under the same keys; every other sample's text has one error
+
+The errors are those of a careless transcript, and are what preference training is for (section 4.2
+of the report, arXiv 2503.20215): a Talker that learns from them says the wrong words at times. The
+request quotes the text, so that nothing but the sound tells of an error.
+
+Not done here: sound, codes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
+from typing import Any
+
+from data_pipelines.demo_content import VOCABULARY, Split, split_of_words
+from data_pipelines.demo_tasks import (
+    Recipe,
+    SamplePlan,
+    Speech,
+    draw_utterances,
+    reply_message,
+    sample_record,
+    say_prompt,
+    user_message,
+)
+
+# The Talker's voices; the others are there for a later stage to add one of them.
+BASE_VOICES = ("en-us", "en-us+m3")
+REPLY = "reply.wav"
+# Share of 1, 2 and 3 words: many different sequences, for a few are learnt by heart.
+_LENGTH_SHARES = (0.10, 0.25, 0.65)
+_ERRORS = ("wrong", "not spoken", "not written", "twice")
+
+
+def plan_speech(recipe: Recipe) -> Iterator[SamplePlan]:
+    """Spoken replies in the base voices that are understood, or where none is, in all that are."""
+    voices = tuple(v for v in BASE_VOICES if v in recipe.voices) or recipe.voices
+    drawn = draw_utterances(recipe, "speech", _LENGTH_SHARES, voices)
+    for key, (words, voice) in zip(recipe.keys("speech"), drawn, strict=True):
+        text = " ".join(words)
+        meta = {"words": [text], "scenes": [], "error": ""}
+        record = sample_record(_dialogue(key, text), "speech", meta, voice)
+        yield SamplePlan(key, record, {REPLY: Speech(text, voice)})
+
+
+def with_errors(plans: Iterable[SamplePlan], seed: int) -> Iterator[SamplePlan]:
+    """Return the samples with one error in the text of every other one; the sound stays.
+
+    Args:
+        plans: of `plan_speech`, the training side.
+        seed: of the corpus.
+    """
+    for number, plan in enumerate(plans):
+        record = deepcopy(plan.record)
+        if number % 2:
+            (spoken,) = record["meta"]["words"]
+            rng = random.Random(f"{seed} error {plan.key}")
+            kind, written = misheard(spoken.split(), rng)
+            # Held-out content stays out of the texts too.
+            while split_of_words(tuple(written), seed) is Split.heldout:
+                kind, written = misheard(spoken.split(), rng)
+            record["meta"] |= {"words": [spoken, " ".join(written)], "error": kind}
+            record["messages"] = _dialogue(plan.key, " ".join(written))
+        yield SamplePlan(plan.key, record, plan.media)
+
+
+def misheard(words: list[str], rng: random.Random) -> tuple[str, list[str]]:
+    """Return the kind of an error and the words with it: one wrong, one more, one less, one twice.
+
+    A single word is never left out: a reply without text cannot be asked for.
+    """
+    kinds = _ERRORS if len(words) > 1 else tuple(k for k in _ERRORS if k != "not written")
+    kind = rng.choice(kinds)
+    place = rng.randrange(len(words))
+    other = rng.choice([word for word in VOCABULARY if word not in words])
+    before, word, after = words[:place], words[place], words[place + 1 :]
+    changed = {
+        "wrong": [other],
+        "not spoken": [other, word],
+        "not written": [],
+        "twice": [word, word],
+    }[kind]
+    return kind, [*before, *changed, *after]
+
+
+def _dialogue(key: str, text: str) -> list[dict[str, Any]]:
+    return [user_message(say_prompt(key, text)), reply_message(text, speech=REPLY)]
