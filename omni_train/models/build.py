@@ -115,6 +115,15 @@ def build_talker(
     return model
 
 
+def by_model(config: ModelConfig) -> tuple[ModelConfig, ModelConfig]:
+    """Return the settings of the Thinker and of the Talker, each with its own `init_groups`."""
+    ours: dict[str, str] = {}
+    rest: dict[str, str] = {}
+    for group, path in config.init_groups.items():
+        (ours if group in THINKER_GROUPS else rest)[group] = path
+    return replace(config, init_groups=ours), replace(config, init_groups=rest)
+
+
 def build_omni_for_training(
     model_config: ModelConfig,
     tokenizer: PreTrainedTokenizerFast,
@@ -132,20 +141,16 @@ def build_omni_for_training(
         joint: whether gradients flow into the Thinker.
         fresh_talker: see `build_talker`.
     """
-    chosen = model_config.init_groups
-    ours = {group: path for group, path in chosen.items() if group in THINKER_GROUPS}
-    rest = {group: path for group, path in chosen.items() if group not in THINKER_GROUPS}
+    thinker_config, talker_config = by_model(model_config)
     talker = build_talker(
-        replace(model_config, init_groups=rest),
+        talker_config,
         tokenizer,
         seed=seed,
         dtype=DTYPES[deepspeed.precision],
         fresh=fresh_talker,
         zero3_config=zero_init_json(deepspeed),
     )
-    thinker = build_for_training(
-        replace(model_config, init_groups=ours), tokenizer, deepspeed, seed=seed
-    )
+    thinker = build_for_training(thinker_config, tokenizer, deepspeed, seed=seed)
     return OmniForTraining(thinker, talker, joint=joint)
 
 

@@ -17,9 +17,9 @@ from omni_train.models.build import (
     build_omni_for_training,
     build_replica,
     build_talker,
+    by_model,
 )
 from omni_train.models.config import ModelConfig
-from omni_train.models.groups import THINKER_GROUPS
 from omni_train.models.presets import model_spec, resolve_speech_config
 from omni_train.models.talker import OmniForTraining, TalkerForTraining
 from omni_train.models.thinker import ThinkerForTraining
@@ -75,9 +75,8 @@ def build_speech_model(
         use: of the Thinker.
     """
     if use is ThinkerUse.cached:
-        groups = {g: path for g, path in config.init_groups.items() if g not in THINKER_GROUPS}
         model = build_talker(
-            replace(config, init_groups=groups),
+            by_model(config)[1],
             tokenizer,
             seed=seed,
             dtype=DTYPES[deepspeed.precision],
@@ -100,7 +99,4 @@ def build_thinker_replica(
     device: torch.device,
 ) -> ThinkerForTraining:
     """Build a plain Thinker in the run's precision, whose states are to be kept."""
-    groups = {g: path for g, path in config.init_groups.items() if g in THINKER_GROUPS}
-    return build_replica(
-        replace(config, init_groups=groups), tokenizer, deepspeed.precision, device
-    )
+    return build_replica(by_model(config)[0], tokenizer, deepspeed.precision, device)

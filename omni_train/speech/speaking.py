@@ -24,9 +24,8 @@ from transformers import PreTrainedTokenizerFast
 from omni_train.data.collate import collate
 from omni_train.data.types import EncodedSample
 from omni_train.engine.deepspeed import Precision
-from omni_train.models.build import build_replica, build_talker_replica
+from omni_train.models.build import build_replica, build_talker_replica, by_model
 from omni_train.models.config import ModelConfig
-from omni_train.models.groups import THINKER_GROUPS
 from omni_train.models.talker import Talker, thinker_states
 from omni_train.models.talker_layout import SpokenReply, lay_out
 from omni_train.models.thinker import ThinkerForTraining
@@ -84,12 +83,10 @@ def load_replicas(
     Raises:
         ConfigError: a tensor is missing, or of another shape.
     """
-    chosen = config.init_groups
-    ours = {group: path for group, path in chosen.items() if group in THINKER_GROUPS}
-    rest = {group: path for group, path in chosen.items() if group not in THINKER_GROUPS}
+    thinker, talker = by_model(config)
     return Replicas(
-        build_replica(replace(config, init_groups=ours), tokenizer, precision, device),
-        build_talker_replica(replace(config, init_groups=rest), tokenizer, precision, device),
+        build_replica(thinker, tokenizer, precision, device),
+        build_talker_replica(talker, tokenizer, precision, device),
     )
 
 
