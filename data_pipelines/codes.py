@@ -31,14 +31,15 @@ from omni_train.data.index import (
     describe_shard,
     hash_file,
     index_path,
-    read_index,
     read_manifest,
+    read_table,
     write_atomically,
     write_manifest,
 )
 from omni_train.data.media import decode_audio, probe
 from omni_train.data.tokenizer import load_tokenizer, tokenizer_hash
 from omni_train.speech.codec import (
+    CODES_FILE,
     Codec,
     CodecConfig,
     CodecKind,
@@ -46,9 +47,7 @@ from omni_train.speech.codec import (
     load_codec,
 )
 from omni_train.speech.mel import SAMPLE_RATE_HZ
-from omni_train.speech.mel_kmeans import MelKMeansCodec
 
-CODES_FILE = "codes.json"
 # Of the locks of those who work on a set.
 FOLDER = "codes"
 
@@ -89,9 +88,7 @@ def add_codes(
             rule=f"the index of {source} was made with tokenizer {manifest.tokenizer_hash}",
             remedy="give that tokenizer, or index the shards again",
         )
-    if not any(
-        row.speech for s in manifest.shards for row in read_index(index_path(source / s.name))
-    ):
+    if not any(_speaks(index_path(source / shard.name)) for shard in manifest.shards):
         raise DataError("no_speech", f"no dialogue of {source} has a spoken reply")
     out_dir.mkdir(parents=True, exist_ok=True)
     _claim(out_dir, source, codec)
@@ -112,6 +109,12 @@ def add_codes(
     return made
 
 
+def _speaks(index: Path) -> bool:
+    """Whether a shard has a spoken reply."""
+    speech = read_table(index, columns=["speech"]).column("speech")
+    return speech.null_count < len(speech)
+
+
 def _run(jobs: list[tuple[Any, ...]], num_workers: int) -> Iterator[str]:
     if num_workers == 0:
         yield from map(_write_shard, jobs)
@@ -126,7 +129,7 @@ def _claim(out_dir: Path, source: Path, config: CodecConfig) -> None:
     record = {
         "source_manifest": hash_file(source / "manifest.json"),
         "codec": config.kind.name,
-        "fingerprint": codec.fingerprint if isinstance(codec, MelKMeansCodec) else "",
+        "fingerprint": codec.fingerprint,
         "frame_rate_hz": codec.frame_rate_hz,
         "codebook_size": codec.codebook_size,
     }

@@ -228,15 +228,15 @@ def spoken_member(messages: Sequence[Mapping[str, Any]]) -> str | None:
         return None
     number, at, member = places[0]
     last = len(messages) - 1
-    content = messages[last].get("content")
+    content: Any = messages[last].get("content")
     if (
         len(places) > 1
         or number != last
         or messages[last].get("role") != "assistant"
-        or len(content) != 2  # type: ignore[arg-type]
+        or len(content) != 2
         or at != 1
-        or not isinstance(content[0], Mapping)  # type: ignore[index]
-        or content[0].get("type") != "text"  # type: ignore[index]
+        or not isinstance(content[0], Mapping)
+        or content[0].get("type") != "text"
     ):
         raise DataError(
             "bad_messages", "speech belongs behind the one text of a last turn of the assistant"

@@ -369,9 +369,16 @@ def plan_fingerprint(config: DataConfig, seed: int) -> dict[str, Any]:
 
 
 def build_loader(
-    config: DataConfig, tokenizer: PreTrainedTokenizerFast, spec: ModelSpec, run: Run
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    spec: ModelSpec,
+    run: Run,
+    *,
+    source_type: type[ShardSource] = ShardSource,
+    make: Make | None = None,
+    bytes_per_token: int = BYTES_PER_TOKEN,
 ) -> PlannedLoader:
-    """The loader of a run: its rank, its seed, its ledger."""
+    """The loader of a run: its rank, its seed, its ledger; see `PlannedLoader` for the rest."""
     return PlannedLoader(
         config,
         tokenizer=tokenizer,
@@ -382,6 +389,9 @@ def build_loader(
         ledger=run.ledger,
         event=run.event,
         resume_allow=run.config.resume_allow,
+        source_type=source_type,
+        make=make,
+        bytes_per_token=bytes_per_token,
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerFast
 
 from omni_train.config.errors import ConfigError, DataError
-from omni_train.data.loader import BYTES_PER_TOKEN, PlannedLoader
+from omni_train.data.loader import BYTES_PER_TOKEN, PlannedLoader, build_loader
 from omni_train.data.source import ShardSource
 from omni_train.data.speech import SpeechMaker
 from omni_train.data.speech_config import SpeechDataConfig
@@ -22,8 +22,8 @@ from omni_train.data.types import ModelSpec
 from omni_train.engine.run import Run
 from omni_train.models.talker_layout import TalkerSpec
 from omni_train.models.talker_states import StateStore
+from omni_train.speech.codec import CODES_FILE
 
-CODES_FILE = "codes.json"
 # Index tensors of the Talker's pack, for each position; positions count in tokens here.
 _BYTES_PER_POSITION = 80
 
@@ -62,16 +62,11 @@ def build_speech_loader(
     )
     positions_per_token = -(-config.pack_positions // config.pack_tokens)
     state_bytes = states.bytes_per_token if states is not None else 0
-    loader = PlannedLoader(
+    loader = build_loader(
         config,
-        tokenizer=tokenizer,
-        spec=spec,
-        rank=run.world.rank,
-        world_size=run.world.size,
-        seed=run.config.seed,
-        ledger=run.ledger,
-        event=run.event,
-        resume_allow=run.config.resume_allow,
+        tokenizer,
+        spec,
+        run,
         source_type=SpeechSource,
         make=make,
         bytes_per_token=BYTES_PER_TOKEN + positions_per_token * _BYTES_PER_POSITION + state_bytes,

@@ -225,11 +225,6 @@ class SpeechBatch:
         return SpeechBatch(**_moved(self, device))
 
 
-def talker_length(prompt_length: int, num_codes: int, num_reference_codes: int = 0) -> int:
-    """Return the Talker positions of a spoken reply, for the plan: P + 2 + A + K."""
-    return prompt_length + 2 + num_reference_codes + num_codes
-
-
 def spoken_reply(
     sample: EncodedSample,
     *,

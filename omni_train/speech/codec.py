@@ -22,6 +22,8 @@ from torch import Tensor
 from omni_train.config.errors import ConfigError, DataError
 
 CODES_SUFFIX = ".codes.npy"
+# Beside the shards of a set to which codes were added: of which codec they are.
+CODES_FILE = "codes.json"
 # Two hours at 50 codes a second; a file that declares more is not speech of one sample.
 MAX_CODES = 360_000
 _MAX_HEADER_BYTES = 4096
@@ -55,6 +57,11 @@ class Codec(Protocol):
     sample_rate_hz: int
     frame_rate_hz: int
     codebook_size: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for codecs that give equal codes; empty for one that gives none."""
+        ...
 
     def encode(self, wave: Tensor, sample_rate_hz: int) -> Tensor:
         """Return codes int64 [T] of wave float32 [S].

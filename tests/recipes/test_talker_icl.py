@@ -18,7 +18,7 @@ from tests.speech_sets import VOICES, some_samples, write_set
 
 STEPS = 10
 TALKER = {"talker", "talker_projection", "codec_head"}
-NAMES = dict(zip(VOICES, ("en-us", "en-us+m1"), strict=True))
+NAMES = dict(zip(VOICES, ("en-us", "en-us+m3"), strict=True))
 SIZES = {
     **{f"{part}_width": 64 for part in ("text", "audio", "vision")},
     **dict.fromkeys(("text_layers", "vision_layers", "talker_layers"), 2),

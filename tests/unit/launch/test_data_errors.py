@@ -58,7 +58,9 @@ def commands(root: Path, name: str) -> dict[str, list[str]]:
     }
 
 
-def fails(capsys: pytest.CaptureFixture[str], args: list[str], code: int, *words: str) -> None:
+def assert_fails(
+    capsys: pytest.CaptureFixture[str], args: list[str], code: int, *words: str
+) -> None:
     """The command ends in this code and says so in one line; a traceback would be raised here."""
     capsys.readouterr()
     assert main(args) == code
@@ -81,7 +83,7 @@ COMMANDS = ["merge", "index", "lint", "info", "fix", "show"]
 def test_there_is_no_set(
     place: Path, capsys: pytest.CaptureFixture[str], command: str, name: str
 ) -> None:
-    fails(capsys, ["data", *commands(place, name)[command]], 66, str(place / name))
+    assert_fails(capsys, ["data", *commands(place, name)[command]], 66, str(place / name))
 
 
 def no_manifest(folder: Path) -> None:
@@ -121,7 +123,7 @@ def test_a_bad_manifest(
     word: str,
 ) -> None:
     damage(place / "set")
-    fails(capsys, ["data", *commands(place, "set")[command]], code, word)
+    assert_fails(capsys, ["data", *commands(place, "set")[command]], code, word)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -133,7 +135,7 @@ def test_places_that_are_not_read(
         code = 2
     if command == "merge":
         code = 66
-    fails(capsys, ["data", *commands(place, url)[command]], code)
+    assert_fails(capsys, ["data", *commands(place, url)[command]], code)
 
 
 @pytest.mark.parametrize(
@@ -162,14 +164,14 @@ def test_prepare_refuses(
     code: int,
     word: str,
 ) -> None:
-    fails(capsys, prepare(place, source, "set", *more), code, word)
+    assert_fails(capsys, prepare(place, source, "set", *more), code, word)
 
 
 @pytest.mark.parametrize("key", ["SOURCE", "OUT"])
 def test_prepare_is_local(capsys: pytest.CaptureFixture[str], made: Path, key: str) -> None:
     args = prepare(made)
     args[2 if key == "SOURCE" else 3] = "s3://bucket/a"
-    fails(capsys, args, 2, f"{key}='s3://bucket/a'")
+    assert_fails(capsys, args, 2, f"{key}='s3://bucket/a'")
 
 
 @pytest.mark.parametrize("text", ["--format=none", "--part=-1/2", "--workers=x"])
@@ -196,13 +198,13 @@ def test_output_that_cannot_be_written(
             "prepare": prepare(place, out="file/o"),
             "show": ["data", "show", f"{place}/set/{SHARD}:{KEY}", "--out", str(place / "file")],
         }[command]
-        fails(capsys, args, 74, "cannot write into", "file")
+        assert_fails(capsys, args, 74, "cannot write into", "file")
     assert main(["data", "lint", str(place / "set"), "--workers", "0"]) == 0
     args = prepare(place) if command == "prepare" else ["data", *commands(place, "set")[command]]
     if command == "show":
         args[-1] = str(place / "set")
     with read_only(place / "set"):
-        fails(capsys, args, 74, "cannot write into", "Permission denied")
+        assert_fails(capsys, args, 74, "cannot write into", "Permission denied")
 
 
 @contextmanager
@@ -230,7 +232,7 @@ def read_only(folder: Path) -> Iterator[None]:
 def test_a_tokenizer_that_is_none(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("index", "lint", "info", "show"):
         args = [*commands(place, "set")[command], "--tokenizer", str(place / "empty")]
-        fails(capsys, ["data", *args], 2, "tokenizer.json")
+        assert_fails(capsys, ["data", *args], 2, "tokenizer.json")
 
 
 def test_records_of_prepare_that_are_damaged(
@@ -238,31 +240,31 @@ def test_records_of_prepare_that_are_damaged(
 ) -> None:
     shards = sorted(path.read_bytes() for path in (place / "set").glob("*.tar"))
     (place / "set" / "prepare" / "000000.json").write_text("{")
-    fails(capsys, ["data", "merge", str(place / "set")], 65, "corrupt_record", "000000.json")
+    assert_fails(capsys, ["data", "merge", str(place / "set")], 65, "corrupt_record", "000000.json")
     # A shard whose record is gone is made again, the same.
     assert main(prepare(place)) == 0
     assert sorted(path.read_bytes() for path in (place / "set").glob("*.tar")) == shards
     capsys.readouterr()
     for name in ("part-0-of-1.json", "prepare/settings.json"):
         (place / "set" / name).write_text("{}")
-    fails(capsys, ["data", "merge", str(place / "set")], 65, "part-0-of-1.json")
+    assert_fails(capsys, ["data", "merge", str(place / "set")], 65, "part-0-of-1.json")
     (place / "set" / "prepare" / "settings.json").write_text("[1]")
-    fails(capsys, prepare(place), 65, "settings.json")
+    assert_fails(capsys, prepare(place), 65, "settings.json")
 
 
 def test_samples_and_shards_that_are_not_there(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     show = ["data", "show", "--out", str(place / "pictures")]
-    fails(capsys, [*show, f"{place}/set/{SHARD}:none"], 65, "unknown_key")
-    fails(capsys, [*show, f"{place}/set/shard-000009.tar:{KEY}"], 66, "missing_index")
-    fails(capsys, [*show, SHARD], 2, "SHARD:KEY")
+    assert_fails(capsys, [*show, f"{place}/set/{SHARD}:none"], 65, "unknown_key")
+    assert_fails(capsys, [*show, f"{place}/set/shard-000009.tar:{KEY}"], 66, "missing_index")
+    assert_fails(capsys, [*show, SHARD], 2, "SHARD:KEY")
     (place / "set" / SHARD).unlink()
-    fails(capsys, [*show, f"{place}/set/{SHARD}:{KEY}"], 66, "missing_shard")
+    assert_fails(capsys, [*show, f"{place}/set/{SHARD}:{KEY}"], 66, "missing_shard")
     (place / "set" / SHARD).write_bytes(b"x" * 700)
     index = commands(place, "set")["index"]
-    fails(capsys, ["data", *index], 65, "corrupt_tar")
-    fails(
+    assert_fails(capsys, ["data", *index], 65, "corrupt_tar")
+    assert_fails(
         capsys, ["data", "lint", str(place / "set"), "--processing", "video_fp=1"], 2, "video_fps?"
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,7 +17,6 @@ from omni_train.models.talker_layout import (
     lay_out,
     pack_speech,
     spoken_reply,
-    talker_length,
 )
 
 # Rows: tts text eos, tts text pad, two speakers, and a new row for the second of them.
@@ -64,7 +62,7 @@ def test_layout_of_a_reply() -> None:
     assert batch.target_index.tolist() == [5, 6, 7, 8, 9, 10]
     assert batch.target_ids.tolist() == [11, 12, 13, 14, 15, 102]
     assert batch.position_ids[1, 0].tolist() == [0, 1, 1, 4, 5, 6, 7, 8, 9, 10, 11]
-    assert layout.num_positions == talker_length(4, 5) == 11
+    assert layout.num_positions == 4 + 2 + 5
 
 
 def test_layout_with_a_reference() -> None:
@@ -82,7 +80,7 @@ def test_layout_with_a_reference() -> None:
     assert batch.target_index.tolist() == [9, 10, 11]
     assert batch.target_ids.tolist() == [31, 32, 102]
     assert batch.position_ids[3, 0].tolist() == [0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
-    assert layout.num_positions == talker_length(4, 2, 4)
+    assert layout.num_positions == 4 + 2 + 4 + 2
 
 
 def test_documents_without_speech_only_move_the_others() -> None:
@@ -101,11 +99,6 @@ def test_a_pack_without_speech_has_one_weightless_target() -> None:
     for batch in (pack_speech([], [], SPEC), pack_speech([None], [9], SPEC)):
         assert (batch.num_target_tokens, batch.target_weights.tolist()) == (0, [0.0])
         assert batch.text_index.tolist() == [0]
-
-
-def test_length_is_known_before_encoding() -> None:
-    lengths = talker_length(np.array([4, 10]), np.array([5, 50]))  # type: ignore[arg-type]
-    assert np.asarray(lengths).tolist() == [11, 62]
 
 
 def dialogue(ids: list[int], supervised: list[int]) -> EncodedSample:

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import torch
 
-from data_pipelines.codes import CODES_FILE, add_codes
+from data_pipelines.codes import add_codes
 from data_pipelines.prepare import Part
 from data_pipelines.shards import Sample, write_shards
 from data_pipelines.voices import SAMPLE_RATE_HZ, speak
@@ -20,7 +20,7 @@ from omni_train.data.fetch import fetch
 from omni_train.data.media import decode_audio
 from omni_train.data.source import ShardSet
 from omni_train.data.tokenizer import load_tokenizer, train_tokenizer
-from omni_train.speech.codec import CodecConfig, parse_codes
+from omni_train.speech.codec import CODES_FILE, CodecConfig, parse_codes
 from omni_train.speech.codec_fit import starting_centroids
 from omni_train.speech.mel_kmeans import MelKMeansCodec, MelKMeansConfig, stacked_mel
 
