@@ -21,6 +21,7 @@ from transformers.vision_utils import (
 )
 
 from omni_train.data.types import IGNORE_INDEX, Batch, EncodedSample, ModelSpec
+from omni_train.data.visibility import Segments
 
 # Four mel frames are the shortest clip that gives one audio token (RECIPE.md section 4).
 DUMMY_MEL_FRAMES = 4
@@ -60,7 +61,7 @@ def collate(
         keys=[s.key for s in samples],
         input_ids=input_ids[None],
         position_ids=position_ids,
-        segment_lengths=lengths,
+        segments=Segments(lengths),
         target_index=target_index,
         target_ids=target_ids,
         target_weights=weights,

@@ -92,7 +92,7 @@ def _fill(store: StateStore, loader: PlannedLoader, model: ThinkerForTraining, r
             with torch.no_grad():
                 states = thinker_states(model, batch.thinker.to(run.world.device))
             # Where no sample could be used there is one token, and no key.
-            parts = states.split(batch.thinker.segment_lengths)
+            parts = states.split(batch.thinker.segments.lengths)
             for key, part in zip(batch.keys, parts, strict=bool(batch.keys)):
                 store.put(names[key], part)
             made += len(batch.keys)

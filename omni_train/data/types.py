@@ -9,7 +9,7 @@
     collate.py   Batch           one pack [1, T], with all that the forward pass needs precomputed
 
 Letters: T tokens of a pack, S audio samples, L mel frames, P vision patches before the 2x2 merge,
-N supervised tokens, D documents of a pack.
+N supervised tokens.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from omni_train.config.errors import ConfigError
+from omni_train.data.visibility import Segments
 
 IGNORE_INDEX = -100
 
@@ -271,7 +272,7 @@ class Batch:
         keys: sample keys in pack order.
         input_ids: int64 [1, T].
         position_ids: int64 [4, 1, T]; row 0 restarts at each document, rows 1-3 are TMRoPE.
-        segment_lengths: tokens of each document, D numbers that add up to T.
+        segments: one for each document; their lengths add up to T.
         target_index: int64 [N], positions t whose hidden state predicts `target_ids`.
         target_ids: int64 [N].
         target_weights: float32 [N]; 0 only for the dummy target of a pack without supervision.
@@ -292,7 +293,7 @@ class Batch:
     keys: list[str]
     input_ids: Tensor
     position_ids: Tensor
-    segment_lengths: list[int]
+    segments: Segments
     target_index: Tensor
     target_ids: Tensor
     target_weights: Tensor
@@ -319,6 +320,8 @@ class Batch:
             value = getattr(self, spec.name)
             if isinstance(value, Tensor):
                 value = value.to(device, non_blocking=True)
+            elif isinstance(value, Segments):
+                value = value.to(device)
             elif isinstance(value, dict):
                 value = {k: v.to(device, non_blocking=True) for k, v in value.items()}
             moved[spec.name] = value

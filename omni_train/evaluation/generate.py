@@ -128,11 +128,11 @@ def _left_padded(
     The samples are embedded as one pack, as in training; only the padding is added here.
     """
     batch = collate(samples, spec).to(device)
-    rows = list(torch.split(model.embed(batch)[0], batch.segment_lengths))
+    rows = list(torch.split(model.embed(batch)[0], batch.segments.lengths))
     embeds = pad_sequence(rows, batch_first=True, padding_side="left")
     ids = [sample.position_ids.T.to(device) for sample in samples]
     positions = pad_sequence(ids, batch_first=True, padding_side="left").permute(2, 0, 1)
-    ones = [torch.ones(length, dtype=torch.bool) for length in batch.segment_lengths]
+    ones = [torch.ones(length, dtype=torch.bool) for length in batch.segments.lengths]
     valid = pad_sequence(ones, batch_first=True, padding_side="left").to(device)
     return embeds, positions, valid
 

@@ -1,10 +1,13 @@
-"""Attention over the documents of a pack, registered with transformers under a name of ours.
+"""Attention over the segments of a pack, and the one way in which a packed language model is run.
 
-Each document sees itself alone and causally; no T x T mask is ever built. Where no
-`segment_lengths` come along (decoding with a cache), this is transformers' own SDPA with the mask
-it was given. The towers keep transformers' SDPA, which already works window by window.
+A token sees its own segment up to itself and the segment's ancestors whole
+(`omni_train.data.visibility`); no T x T mask or matrix is ever built. Registered with transformers
+under a name of ours. Where no segments come along (decoding with a cache), this is transformers'
+own SDPA with the mask it was given. The towers keep transformers' SDPA, which already works window
+by window.
 
-Letters: T tokens of the pack, Hq query heads, Hk key and value heads, D head size.
+Letters: T tokens of the pack, Hq query heads, Hk key and value heads, D head size, R tokens of a
+segment, A of its ancestors.
 """
 
 from __future__ import annotations
@@ -19,6 +22,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from omni_train.config.errors import ConfigError
+from omni_train.data.visibility import Segments
+
 SEGMENT_ATTENTION = "omni_segments"
 
 
@@ -30,18 +36,30 @@ def register_attention() -> str:
     return SEGMENT_ATTENTION
 
 
-def segment_kwargs(segment_lengths: list[int], device: torch.device) -> dict[str, Any]:
-    """What the language model must be called with, computed once for all its layers.
+def packed_hidden(
+    language_model: nn.Module, embeds: Tensor, position_ids: Tensor, segments: Segments
+) -> Tensor:
+    """Run transformers' text model of the Thinker or the Talker over one pack.
 
     Args:
-        segment_lengths: tokens of each document; they add up to T.
-        device: where the model runs.
+        language_model: with `segment_attention` as its attention.
+        embeds: [1, T, H].
+        position_ids: int64 [4, 1, T]; row 0 restarts at each document, rows 1-3 are TMRoPE.
+        segments: who sees whom, on the device of `embeds`.
+
+    Returns:
+        [1, T, H], after the final norm.
     """
-    ends = torch.tensor([0, *segment_lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return {
-        "segment_lengths": segment_lengths,
-        "segment_starts": ends.to(device, non_blocking=True) if device.type == "cuda" else None,
-    }
+    out = language_model(
+        inputs_embeds=embeds,
+        # A dict is taken as it is; anything else would make transformers build a mask.
+        attention_mask={"full_attention": None},
+        position_ids=position_ids,
+        use_cache=False,
+        segments=segments,
+    )
+    hidden: Tensor = out.last_hidden_state
+    return hidden
 
 
 def segment_attention(
@@ -52,61 +70,131 @@ def segment_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    segment_lengths: list[int] | None = None,
-    segment_starts: Tensor | None = None,
+    segments: Segments | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each document, in the form that transformers calls.
+    """Causal attention inside each segment and over its ancestors, in the form of transformers.
 
     Args:
         module: the attention layer.
         query: [1, Hq, T, D].
         key, value: [1, Hk, T, D].
         attention_mask: must be None with segments; passed on without.
-        dropout: probability.
+        dropout: probability; must be 0 with segments.
         scaling: factor of the scores; 1 / sqrt(D) where None.
-        segment_lengths: tokens of each document.
-        segment_starts: int32 [documents + 1] on the GPU.
+        segments: who sees whom.
 
     Returns:
         [1, T, Hq, D] and None (no weights).
+
+    Raises:
+        ConfigError: segments with parents on a GPU, in a precision that its kernel does not take.
     """
-    if segment_lengths is None:
+    if segments is None:
         out: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out
     assert attention_mask is None, "a mask beside segments would be ignored"
-    total = query.shape[2]
+    # With dropout torch's CPU kernel is one that builds T x T.
+    assert dropout == 0.0, f"attention dropout of {dropout}"
     assert query.shape[0] == 1, f"a pack has one row, not {query.shape[0]}"
-    assert sum(segment_lengths) == total, f"segments {segment_lengths} for {total} tokens"
-    if segment_starts is not None and _fits_varlen(query, dropout):
-        return _varlen(query, key, value, segment_starts, max(segment_lengths), scaling), None
-    outputs = [
-        scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=True
+    total = query.shape[2]
+    assert segments.num_tokens == total, f"segments {segments.lengths} for {total} tokens"
+    if _fits_varlen(query):
+        return _varlen(query, key, value, segments, scaling), None
+    if segments.has_parents and query.is_cuda:
+        raise ConfigError(
+            key="deepspeed.precision",
+            value=str(query.dtype),
+            rule="on a GPU, answers that share a prompt need half precision",
+            remedy="use bf16",
         )
-        for q, k, v in zip(
-            *(torch.split(tensor, segment_lengths, dim=2) for tensor in (query, key, value)),
-            strict=True,
+    return _by_segment(query, key, value, segments, scaling), None
+
+
+def _by_segment(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None
+) -> Tensor:
+    """One call of SDPA for each segment, two where it has ancestors; returns [1, T, Hq, D]."""
+    outputs, tokens = [], segments.slices()
+    for number, own in enumerate(tokens):
+        q, k, v = query[:, :, own], key[:, :, own], value[:, :, own]
+        if seen := [tokens[ancestor] for ancestor in segments.ancestors(number)]:
+            past_k, past_v = (torch.cat([x[:, :, a] for a in seen], dim=2) for x in (key, value))
+            outputs.append(_WithPast.apply(q, k, v, past_k, past_v, scaling))
+        else:
+            outputs.append(
+                scaled_dot_product_attention(
+                    q, k, v, scale=scaling, is_causal=True, enable_gqa=True
+                )
+            )
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+class _WithPast(torch.autograd.Function):
+    """Causal attention inside a segment and full attention over what comes before it, on CPU.
+
+    torch's flash kernel has no causal mask for more keys than queries that is aligned at the end;
+    so it runs twice, and the results are joined by their log-sum-exp. The backward kernel takes the
+    joint output and the joint log-sum-exp for either part: the weights that it rebuilds from them
+    are the joint softmax's (arXiv 2205.14135, section 3.1 and appendix B).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        past_key: Tensor,
+        past_value: Tensor,
+        scale: float | None,
+    ) -> Tensor:
+        """Return [1, Hq, R, D] of query [1, Hq, R, D], keys [1, Hk, R, D] and [1, Hk, A, D]."""
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        own, own_lse = flash(query, key, value, 0.0, True, scale=scale)
+        past, past_lse = flash(query, past_key, past_value, 0.0, False, scale=scale)
+        lse = torch.logaddexp(own_lse, past_lse)
+        share = (past_lse - lse).exp()[..., None]
+        # In the log-sum-exp's fp32, rounded once.
+        out = torch.lerp(own.to(share.dtype), past.to(share.dtype), share).to(query.dtype)
+        ctx.save_for_backward(query, key, value, past_key, past_value, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the five tensors."""
+        query, key, value, past_key, past_value, out, lse = ctx.saved_tensors
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        own, past = (
+            flash(grads[0], query, k, v, out, lse, 0.0, causal, scale=ctx.scale)
+            for k, v, causal in ((key, value, True), (past_key, past_value, False))
         )
-    ]
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+        return own[0] + past[0], own[1], own[2], past[1], past[2], None
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scaling: float | None
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None
 ) -> Tensor:
-    """The same in one kernel on the GPU; returns [1, T, Hq, D]."""
+    """The same in one kernel on the GPU; returns [1, T, Hq, D].
+
+    Its causal mask is aligned at the end of the keys, so that all ancestors are seen whole.
+    """
     flat_query, flat_key, flat_value = (t[0].transpose(0, 1) for t in (query, key, value))
+    if segments.key_index is not None:
+        flat_key, flat_value = (
+            t.index_select(0, segments.key_index) for t in (flat_key, flat_value)
+        )
     packed = varlen_attn(
         flat_query,
         flat_key,
         flat_value,
-        starts,
-        starts,
-        longest,
-        longest,
+        segments.query_starts,
+        segments.key_starts,
+        segments.max_query_length,
+        segments.max_key_length,
         scale=scaling,
         window_size=(-1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
@@ -115,11 +203,10 @@ def _varlen(
     return packed[None]
 
 
-def _fits_varlen(query: Tensor, dropout: float) -> bool:
+def _fits_varlen(query: Tensor) -> bool:
     """Whether torch's varlen kernel takes this: half precision on a GPU of Ampere or later."""
     return (
         query.is_cuda
-        and dropout == 0.0
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[3] <= 256
         and torch.cuda.get_device_capability(query.device) >= (8, 0)

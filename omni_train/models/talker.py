@@ -24,7 +24,7 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
 )
 
 from omni_train.data.types import Batch, ModelSpec
-from omni_train.models.attention import register_attention, segment_kwargs
+from omni_train.models.attention import packed_hidden, register_attention
 from omni_train.models.talker_layout import SpeechBatch, TalkerBatch, TalkerSpec
 from omni_train.models.thinker import LogProbHead, ThinkerForTraining
 from omni_train.models.weights import BuildReport
@@ -82,16 +82,7 @@ class Talker(Qwen2_5OmniTalkerForConditionalGeneration):
         rows = self.rows()
         text = torch.cat([states.to(rows.dtype), rows]).index_select(0, batch.text_index)
         embeds = self.project(text, batch.codec_index, batch.codec_ids)[None]
-        out = self.model(
-            inputs_embeds=embeds,
-            # A dict is taken as it is; anything else would make transformers build a mask.
-            attention_mask={"full_attention": None},
-            position_ids=batch.position_ids,
-            use_cache=False,
-            **segment_kwargs(batch.segment_lengths, embeds.device),
-        )
-        hidden: Tensor = out.last_hidden_state
-        return hidden
+        return packed_hidden(self.model, embeds, batch.position_ids, batch.segments)
 
     def logprobs(self, states: Tensor, batch: TalkerBatch) -> Tensor:
         """Return the log-probabilities float32 [N] of the pack's targets; see `hidden`."""
@@ -162,13 +153,7 @@ def thinker_states(model: ThinkerForTraining, batch: Batch) -> Tensor:
         batch: a pack of prompts and replies.
     """
     embeds = model.embed(batch)
-    out = model.thinker.model.language_model(
-        inputs_embeds=embeds,
-        attention_mask={"full_attention": None},
-        position_ids=batch.position_ids,
-        use_cache=False,
-        **segment_kwargs(batch.segment_lengths, embeds.device),
-    )
+    language_model = model.thinker.model.language_model
+    hidden = packed_hidden(language_model, embeds, batch.position_ids, batch.segments)
     media = torch.cat([batch.vision_index, batch.audio_index])
-    states: Tensor = out.last_hidden_state[0] + embeds[0].index_fill(0, media, 0.0)
-    return states
+    return hidden[0] + embeds[0].index_fill(0, media, 0.0)

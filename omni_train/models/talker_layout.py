@@ -37,6 +37,7 @@ from torch import Tensor
 
 from omni_train.config.errors import DataError
 from omni_train.data.types import IGNORE_INDEX, Batch, EncodedSample
+from omni_train.data.visibility import Segments
 
 # Rows of `TalkerSpec.row_ids` that are always there.
 EOS_ROW, PAD_ROW = 0, 1
@@ -166,7 +167,7 @@ class TalkerBatch:
         codec_index: int64 [C], positions to which `codec_ids` int64 [C] are added.
         codec_ids: see there.
         position_ids: int64 [4, 1, S]; row 0 restarts at each reply, rows 1-3 are TMRoPE.
-        segment_lengths: positions of each reply; they add up to S.
+        segments: one for each reply; their lengths add up to S.
         target_index: int64 [N], positions whose output predicts `target_ids`.
         target_ids: int64 [N].
         target_weights: float32 [N]; 0 only for the dummy.
@@ -177,7 +178,7 @@ class TalkerBatch:
     codec_index: Tensor
     codec_ids: Tensor
     position_ids: Tensor
-    segment_lengths: list[int]
+    segments: Segments
     target_index: Tensor
     target_ids: Tensor
     target_weights: Tensor
@@ -333,7 +334,7 @@ def pack_speech(
         codec_index=codec_index,
         codec_ids=codec[codec_index],
         position_ids=torch.cat([restart[None], positions])[:, None, :],
-        segment_lengths=lengths,
+        segments=Segments(lengths),
         target_index=torch.cat(target_index),
         target_ids=target_ids,
         target_weights=torch.ones(target_ids.numel()),
@@ -381,7 +382,7 @@ def _dummy(spec: TalkerSpec) -> TalkerBatch:
         codec_index=zero,
         codec_ids=torch.tensor([spec.codec_pad]),
         position_ids=torch.zeros(4, 1, 1, dtype=torch.long),
-        segment_lengths=[1],
+        segments=Segments([1]),
         target_index=zero,
         target_ids=torch.tensor([spec.codec_eos]),
         target_weights=torch.zeros(1),
@@ -431,7 +432,7 @@ def _moved(record: Any, device: torch.device) -> dict[str, Any]:
         name: value.to(device, non_blocking=True)
         if isinstance(value, Tensor)
         else value.to(device)
-        if isinstance(value, TalkerBatch | Batch)
+        if isinstance(value, TalkerBatch | Batch | Segments)
         else value
         for name, value in values.items()
     }

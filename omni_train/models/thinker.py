@@ -18,7 +18,7 @@ from trl.kernels import ChunkedLogProbFunction
 
 from omni_train.data.image import normalize_patches
 from omni_train.data.types import Batch, ModelSpec
-from omni_train.models.attention import register_attention, segment_kwargs
+from omni_train.models.attention import packed_hidden, register_attention
 from omni_train.models.weights import BuildReport
 
 # Vocabulary columns of one tile of logits; with TRL's 4,096 rows a bf16 tile takes 64 MiB.
@@ -88,17 +88,8 @@ class ThinkerForTraining(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:
         """Return the last hidden states [1, T, H], after the final norm."""
-        embeds = self.embed(batch)
-        out = self.thinker.model.language_model(
-            inputs_embeds=embeds,
-            # A dict is taken as it is; anything else would make transformers build a mask.
-            attention_mask={"full_attention": None},
-            position_ids=batch.position_ids,
-            use_cache=False,
-            **segment_kwargs(batch.segment_lengths, embeds.device),
-        )
-        hidden: Tensor = out.last_hidden_state
-        return hidden
+        language_model = self.thinker.model.language_model
+        return packed_hidden(language_model, self.embed(batch), batch.position_ids, batch.segments)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the log-probabilities float32 [N] of the pack's supervised tokens."""

@@ -156,7 +156,7 @@ def test_cached_states_equal_fresh_ones(models: Models, spoken: Path, tmp_path: 
         batch = fresh._make(work, lambda number: None)
         with torch.no_grad():
             states = thinker_states(models.thinker, batch.thinker)
-        for sample, part in zip(work, states.split(batch.thinker.segment_lengths), strict=True):
+        for sample, part in zip(work, states.split(batch.thinker.segments.lengths), strict=True):
             store.put(state_name(sample), part)
     kept = make_loader(models, spoken, states=store)
     batches = step_of(kept)

@@ -183,7 +183,7 @@ def test_what_cannot_be_used_is_left_out_and_counted(tmp_path: Path) -> None:
 def test_a_sample_over_the_talkers_budget_is_reported(spoken: Path) -> None:
     whole, _ = make_loader(spoken, pack_tokens=8192)
     batches = [b for item in islice(whole.steps(), 3) for b in item.micro_batches]
-    lengths = [n for batch in batches for n in batch.talker.segment_lengths]
+    lengths = [n for batch in batches for n in batch.talker.segments.lengths]
     limit = int(np.median(lengths))
     loader, notes = make_loader(spoken, pack_positions=limit)
     for item in islice(loader.steps(), 3):
@@ -418,7 +418,7 @@ def test_expected_bytes_cover_what_a_pack_takes(spoken: Path, tmp_path: Path) ->
     for pack in packs_of(running, 2):
         work = [running.sources[0].place(ref) for ref in pack.samples]
         made = running._make(work, lambda number: None)
-        for sample, length in zip(work, made.thinker.segment_lengths, strict=True):
+        for sample, length in zip(work, made.thinker.segments.lengths, strict=True):
             store.put(state_name(sample), torch.zeros(length, 4096))
         for loader in (running, cached):
             batch = loader._make(work, lambda number: None)

@@ -86,7 +86,7 @@ def test_layout_with_a_reference() -> None:
 def test_documents_without_speech_only_move_the_others() -> None:
     one, two = lay_out(reply([1, 2]), SPEC), lay_out(reply([3], length=1, speaker="bert"), SPEC)
     batch = pack_speech([one, None, two], [12, 30, 12], SPEC)
-    assert batch.segment_lengths == [one.num_positions, two.num_positions]
+    assert batch.segments.lengths == [one.num_positions, two.num_positions]
     assert batch.text_index[8:].tolist() == [42, 43, 44, 45, 54 + 4, 46, 54 + 0]
     assert batch.target_index.tolist() == [5, 6, 7, 8 + 5, 8 + 6]
     assert batch.target_ids.tolist() == [1, 2, 102, 3, 102]
