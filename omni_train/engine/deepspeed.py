@@ -18,7 +18,7 @@ from omni_train.config.errors import ConfigError
 from omni_train.engine import shards
 from omni_train.engine.distributed import get_world, prepare_environment
 from omni_train.engine.groups import ParamGroup
-from omni_train.engine.optim import OptimConfig, lr_factor
+from omni_train.engine.optim import OptimConfig, curve_of
 
 REDUCE_BUCKET_ELEMENTS = 200_000_000
 
@@ -101,12 +101,15 @@ class Engine:
         return [group for group in self.groups if group.trainable]
 
     def set_lr(self, *, step: int, max_steps: int) -> dict[str, float]:
-        """Set every group's learning rate for update number `step` and return them by name."""
-        factor = lr_factor(self.optim, step=step, max_steps=max_steps)
-        peaks = {group.name: group.lr for group in self.trained}
+        """Set every learning rate for update number `step`; return each group's, unscaled."""
+        rates = {
+            group.name: group.lr
+            * (group.curve or curve_of(self.optim)).factor(step=step, max_steps=max_steps)
+            for group in self.trained
+        }
         for group in self.model.optimizer.optimizer.param_groups:
-            group["lr"] = peaks[group["name"]] * factor
-        return {name: peak * factor for name, peak in peaks.items()}
+            group["lr"] = rates[group["name"]] * group["scale"]
+        return rates
 
 
 def deepspeed_json(
@@ -168,7 +171,7 @@ def zero_init_json(config: DeepSpeedConfig) -> dict[str, Any] | None:
 def build_engine(
     model: nn.Module, groups: list[ParamGroup], optim: OptimConfig, config: DeepSpeedConfig
 ) -> Engine:
-    """Put `model` under DeepSpeed with AdamW, one optimiser group per trained named group.
+    """Put `model` under DeepSpeed with AdamW over the trained named groups.
 
     Args:
         model: every parameter must be in exactly one of `groups`.
@@ -186,15 +189,7 @@ def build_engine(
     sizes = [int(getattr(p, "ds_numel", p.numel())) for g in trained for _, p in g.params]
     deepspeed = import_deepspeed()
     optimizer = torch.optim.AdamW(
-        [
-            {
-                "params": [param for _, param in group.params],
-                "name": group.name,
-                "lr": group.lr,
-                "weight_decay": group.weight_decay,
-            }
-            for group in trained
-        ],
+        optimizer_groups(trained),
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,
     )
@@ -206,6 +201,18 @@ def build_engine(
     )
     shards.create_optimizer_state(engine)
     return Engine(model=engine, groups=groups, optim=optim)
+
+
+def optimizer_groups(trained: list[ParamGroup]) -> list[dict[str, Any]]:
+    """Return torch's parameter groups: one for each named group and scale of its rate."""
+    split: dict[tuple[str, float], dict[str, Any]] = {}
+    for group in trained:
+        for name, param in group.params:
+            scale = group.scales.get(name, 1.0)
+            settings = {"name": group.name, "scale": scale, "weight_decay": group.weight_decay}
+            start = {"params": [], "lr": group.lr * scale, **settings}
+            split.setdefault((group.name, scale), start)["params"].append(param)
+    return list(split.values())
 
 
 def _check_groups(model: nn.Module, groups: list[ParamGroup]) -> None:

@@ -5,9 +5,11 @@ Which parameter belongs to which group is the model's business (`omni_train.mode
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
+
+from omni_train.engine.optim import LrCurve
 
 
 @dataclass(slots=True)
@@ -20,6 +22,8 @@ class ParamGroup:
         trainable: whether the group gets gradients and updates.
         lr: peak learning rate.
         weight_decay: decoupled weight decay (AdamW).
+        curve: learning rate over the steps; None takes the optimiser's.
+        scales: factor of the learning rate by parameter name; 1 where there is none.
     """
 
     name: str
@@ -27,6 +31,8 @@ class ParamGroup:
     trainable: bool
     lr: float
     weight_decay: float
+    curve: LrCurve | None = None
+    scales: dict[str, float] = field(default_factory=dict)
 
     @property
     def num_parameters(self) -> int:

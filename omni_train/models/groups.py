@@ -6,13 +6,14 @@ optimisers live in the engine; nothing here changes a value of a weight.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
 from omni_train.config.errors import ConfigError
 from omni_train.engine.groups import ParamGroup
-from omni_train.engine.optim import GroupConfig, OptimConfig
+from omni_train.engine.optim import GroupConfig, OptimConfig, curve_of
 
 # First match wins; the more particular prefix stands first.
 _PREFIXES = (
@@ -37,6 +38,10 @@ GROUP_NAMES = tuple(dict.fromkeys(group for _, group in _PREFIXES if group != UN
 THINKER_GROUPS = frozenset(
     group for prefix, group in _PREFIXES if prefix.startswith("thinker.") and group != UNUSED
 )
+
+_LAYER = re.compile(r"\.(?:layers|blocks)\.(\d+)\.")
+# What stands before the first layer of a tower or of a language model.
+_BEFORE_LAYERS = re.compile(r"\.(embed_tokens|patch_embed|conv1|conv2)\.")
 
 
 def group_of(name: str) -> str:
@@ -100,23 +105,51 @@ def _configured(
         param.requires_grad_(trainable)
     lr = optim.lr if config.lr is None else config.lr
     decay = optim.weight_decay if config.weight_decay is None else config.weight_decay
+    scales = {} if config.layer_decay is None else _scales(name, params, config.layer_decay)
     return ParamGroup(
         name=name,
         params=params,
         trainable=trainable,
         lr=lr if trainable else 0.0,
         weight_decay=decay if trainable else 0.0,
+        curve=curve_of(optim, name),
+        scales=scales,
     )
 
 
+def _scales(
+    group: str, params: Sequence[tuple[str, nn.Parameter]], layer_decay: float
+) -> dict[str, float]:
+    """Layer-wise decay: 1 for the last layer and what follows it, the factor once more per layer.
+
+    What stands before the first layer is one further than it.
+    """
+    layers = {name: int(match[1]) for name, _ in params if (match := _LAYER.search(name))}
+    if not layers:
+        raise ConfigError(
+            key=f"optim.groups.{group}.layer_decay",
+            value=layer_decay,
+            rule="the group has no layers",
+            remedy="leave it out, or set the group's lr",
+        )
+    last = max(layers.values())
+    scales = {}
+    for name, _ in params:
+        depth = layers.get(name, -1 if _BEFORE_LAYERS.search(name) else last)
+        scales[name] = layer_decay ** (last - depth)
+    return scales
+
+
 def format_group_table(groups: list[ParamGroup]) -> str:
-    """Return a table of the groups: parameters, state, learning rate and weight decay."""
-    lines = [
-        f"{'group':<18} {'tensors':>7} {'parameters':>14}  {'state':<8} {'lr':>9} {'decay':>6}"
-    ]
+    """Return a table of the groups: parameters, state, learning rate, its curve, weight decay.
+
+    With layer-wise decay the learning rate is a range.
+    """
+    head = f"{'group':<18} {'tensors':>7} {'parameters':>14}  {'state':<8} {'decay':>6}"
+    lines = [f"{head} {'warm-up':>7}  {'schedule':<8}  lr"]
     for group in groups:
         state = "trained" if group.trainable else "frozen"
-        rates = f"{group.lr:>9.2e} {group.weight_decay:>6.3g}" if group.trainable else ""
+        rates = _rates(group) if group.trainable else ""
         lines.append(
             f"{group.name:<18} {len(group.params):>7} {group.num_parameters:>14,}  {state:<8} "
             f"{rates}".rstrip()
@@ -125,3 +158,10 @@ def format_group_table(groups: list[ParamGroup]) -> str:
     trained = sum(group.num_parameters for group in groups if group.trainable)
     lines.append(f"{trained:,} of {total:,} parameters are trained")
     return "\n".join(lines)
+
+
+def _rates(group: ParamGroup) -> str:
+    curve, lowest = group.curve, min(group.scales.values(), default=1.0)
+    lr = f"{group.lr:.2e}" if lowest == 1.0 else f"{group.lr * lowest:.2e} to {group.lr:.2e}"
+    shape = f"{curve.warmup_steps:>7}  {curve.schedule.name:<8}" if curve else ""
+    return f"{group.weight_decay:>6.3g} {shape}  {lr}"

@@ -4,33 +4,80 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
 
 from omni_train.config.errors import ConfigError
 from omni_train.engine.deepspeed import (
     DeepSpeedConfig,
+    Engine,
     Precision,
     build_engine,
     deepspeed_json,
+    optimizer_groups,
 )
 from omni_train.engine.distributed import prepare_environment
 from omni_train.engine.fit import FitConfig
 from omni_train.engine.groups import ParamGroup
-from omni_train.engine.optim import OptimConfig, Schedule, lr_factor
+from omni_train.engine.optim import GroupConfig, OptimConfig, Schedule, curve_of
 from omni_train.engine.run import RunConfig
 
 
-def test_schedule_warms_up_and_ends_at_its_floor() -> None:
-    config = OptimConfig(warmup_steps=4, min_lr_ratio=0.2)
-    factors = [lr_factor(config, step=step, max_steps=24) for step in range(25)]
-    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert factors[14] == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 0.5)))
-    assert factors[24] == pytest.approx(0.2)
-    assert all(a >= b for a, b in itertools.pairwise(factors[4:]))
-    constant = OptimConfig(schedule=Schedule.constant)
-    assert {lr_factor(constant, step=step, max_steps=9) for step in (0, 5, 100)} == {1.0}
+def factors(config: OptimConfig, max_steps: int, group: str = "") -> list[float]:
+    curve = curve_of(config, group)
+    return [curve.factor(step=step, max_steps=max_steps) for step in range(max_steps + 1)]
+
+
+def test_cosine_warms_up_and_ends_at_its_floor() -> None:
+    got = factors(OptimConfig(warmup_steps=4, min_lr_ratio=0.2), 24)
+    assert got[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert got[14] == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 0.5)))
+    assert got[24] == pytest.approx(0.2)
+    assert all(a >= b for a, b in itertools.pairwise(got[4:]))
+    assert set(factors(OptimConfig(schedule=Schedule.constant), 100)) == {1.0}
+
+
+def test_wsd_is_flat_and_then_falls_in_a_line() -> None:
+    config = OptimConfig(warmup_steps=4, schedule=Schedule.wsd, min_lr_ratio=0.2, decay_share=0.25)
+    got = factors(config, 40)
+    assert got[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert set(got[4:31]) == {1.0}
+    assert got[35] == pytest.approx(0.6)
+    assert got[40] == pytest.approx(0.2)
+    # A warm-up that reaches into the decay goes first.
+    late = OptimConfig(warmup_steps=9, schedule=Schedule.wsd, min_lr_ratio=0.0, decay_share=0.5)
+    assert factors(late, 10)[8:] == [1.0, 1.0, 0.0]
+
+
+def test_a_group_has_its_own_rate_decay_warm_up_and_schedule() -> None:
+    own = GroupConfig(warmup_steps=2, schedule=Schedule.wsd, decay_share=0.5, min_lr_ratio=0.0)
+    config = OptimConfig(warmup_steps=4, schedule=Schedule.constant, groups={"head": own})
+    model = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+
+    def group(name: str, scales: dict[str, float]) -> ParamGroup:
+        params = [(f"{name}.{key}", p) for key, p in model[name].named_parameters()]
+        return ParamGroup(name, params, True, 1.0, 0.1, curve_of(config, name), scales)
+
+    groups = [group("body", {}), group("head", {"head.weight": 0.5})]
+    adamw = torch.optim.AdamW(optimizer_groups(groups))
+    engine = Engine(
+        model=SimpleNamespace(optimizer=SimpleNamespace(optimizer=adamw)),
+        groups=groups,
+        optim=config,
+    )
+    assert engine.set_lr(step=1, max_steps=8) == {"body": 0.5, "head": 1.0}
+    assert engine.set_lr(step=6, max_steps=8) == {"body": 1.0, "head": 0.5}
+    rates = {id(p): g["lr"] for g in adamw.param_groups for p in g["params"]}
+    assert rates == {
+        id(model["body"].weight): 1.0,
+        id(model["body"].bias): 1.0,
+        id(model["head"].weight): 0.25,
+        id(model["head"].bias): 0.5,
+    }
+    assert {g["weight_decay"] for g in adamw.param_groups} == {0.1}
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -67,6 +114,10 @@ def test_deepspeed_knows_every_key(stage: int, precision: Precision) -> None:
         (lambda: OptimConfig(lr=-1.0), "optim.lr"),
         (lambda: OptimConfig(beta2=1.0), "optim.beta2"),
         (lambda: OptimConfig(min_lr_ratio=1.5), "optim.min_lr_ratio"),
+        (lambda: OptimConfig(decay_share=0.0), "optim.decay_share"),
+        (lambda: GroupConfig(lr=-1.0), "optim.groups.*.lr"),
+        (lambda: GroupConfig(layer_decay=1.1), "optim.groups.*.layer_decay"),
+        (lambda: GroupConfig(warmup_steps=-1), "optim.groups.*.warmup_steps"),
         (lambda: FitConfig(max_steps=0), "fit.max_steps"),
         (lambda: FitConfig(max_steps=1, keep_checkpoints=1), "fit.keep_checkpoints"),
         (lambda: RunConfig(dir=""), "run.dir"),

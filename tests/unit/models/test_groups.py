@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from omni_train.config.errors import ConfigError
-from omni_train.engine.optim import GroupConfig, OptimConfig
+from omni_train.engine.optim import GroupConfig, LrCurve, OptimConfig, Schedule
 from omni_train.models.build import build_thinker
 from omni_train.models.groups import (
     GROUP_NAMES,
@@ -79,6 +79,32 @@ def test_trains_what_is_asked(model: ThinkerForTraining) -> None:
     assert "2.00e-03" in table
     assert sum("frozen" in line for line in table.splitlines()) == 5
     assert f"of {sum(p.numel() for p in model.parameters()):,} parameters" in table
+
+
+def test_layer_decay_counts_layers_from_the_output(model: ThinkerForTraining) -> None:
+    own = GroupConfig(layer_decay=0.5, warmup_steps=7, schedule=Schedule.wsd)
+    optim = OptimConfig(lr=1e-3, warmup_steps=3, groups={"llm": own, "vision_encoder": own})
+    by_name = {g.name: g for g in select_groups(model, optim, trained=THINKER)}
+    text = "thinker.model.language_model."
+    scales = by_name["llm"].scales
+    last = model.thinker.config.text_config.num_hidden_layers - 1
+    assert last >= 1
+    assert scales[f"{text}norm.weight"] == 1.0
+    assert scales[f"{text}layers.{last}.mlp.up_proj.weight"] == 1.0
+    assert scales[f"{text}layers.0.self_attn.q_proj.bias"] == 0.5**last
+    assert scales[f"{text}embed_tokens.weight"] == 0.5 ** (last + 1)
+    blocks = by_name["vision_encoder"].scales
+    depth = model.thinker.config.vision_config.depth
+    assert blocks["thinker.model.visual.patch_embed.proj.weight"] == 0.5**depth
+    assert not by_name["audio_encoder"].scales
+    assert by_name["llm"].curve == LrCurve(7, Schedule.wsd, 0.1, 0.1)
+    assert by_name["audio_encoder"].curve == LrCurve(3, Schedule.cosine, 0.1, 0.1)
+    table = format_group_table(list(by_name.values()))
+    assert f"{1e-3 * 0.5 ** (last + 1):.2e} to 1.00e-03" in table
+    assert "      7  wsd" in table
+    flat = OptimConfig(groups={"audio_projection": GroupConfig(layer_decay=0.9)})
+    with pytest.raises(ConfigError, match=r"audio_projection\.layer_decay"):
+        select_groups(model, flat, trained=THINKER)
 
 
 @pytest.mark.parametrize("name", ["audio_projecton", "talker", UNUSED])
