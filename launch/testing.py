@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from launch.local import child_environment
 from launch.stages import REPO
 
+# Files are dealt to two processes; tests of one file share what is costly to make.
+_WORKERS = ("-n", "2", "--dist", "loadfile")
+
 
 def parts(*, full: bool, pytest_args: Sequence[str] = ()) -> list[tuple[str, list[str]]]:
     """Return what is run, by name. With arguments of its own, pytest is run alone."""
     python = [sys.executable, "-m"]
     selection = [] if full else ["-m", "not slow"]
-    tests = ("tests", [*python, "pytest", *selection, *(pytest_args or ["--durations=10"])])
     if pytest_args:
-        return [tests]
+        return [("tests", [*python, "pytest", *selection, *pytest_args])]
+    tests = ("tests", [*python, "pytest", *selection, *_WORKERS, "--durations=10"])
     return [
         ("format", [*python, "ruff", "format", "--check", "."]),
         ("lint", [*python, "ruff", "check", "."]),
