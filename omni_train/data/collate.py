@@ -50,8 +50,10 @@ def collate(
         positions = torch.zeros(3, 1, dtype=torch.long)
     restart = torch.cat([torch.arange(n) for n in lengths])
     position_ids = torch.cat([restart[None], positions])[:, None, :]
-    target_index, target_ids, num_targets = _targets(samples)
+    target_index, target_ids, document_targets = _targets(samples)
+    num_targets = sum(document_targets)
     weights = torch.full((target_ids.numel(),), 1.0 if num_targets else 0.0)
+    kinds, kind_targets, target_kind = _kinds(samples, document_targets)
     patches, grid_thw, vision_index = _vision(samples, input_ids, spec)
     mel, mel_lengths, audio_index = _audio(samples, input_ids, spec)
     mel_chunks, chunk_lengths = chunk_and_pad_features(
@@ -75,11 +77,18 @@ def collate(
         audio_index=audio_index,
         audio_kwargs=_audio_kwargs(chunk_lengths, mel_lengths),
         bad=bad or [],
+        document_targets=document_targets,
+        kinds=kinds,
+        kind_targets=kind_targets,
+        target_kind=target_kind,
     )
 
 
-def _targets(samples: list[EncodedSample]) -> tuple[Tensor, Tensor, int]:
-    """Positions that predict, ids to predict, and how many; one dummy where there are none."""
+def _targets(samples: list[EncodedSample]) -> tuple[Tensor, Tensor, list[int]]:
+    """Positions that predict, ids to predict, and how many of each document.
+
+    One dummy where there are none.
+    """
     index, ids, start = [], [], 0
     for sample in samples:
         # The first token of a document has no predecessor of its own document to predict it.
@@ -87,10 +96,26 @@ def _targets(samples: list[EncodedSample]) -> tuple[Tensor, Tensor, int]:
         index.append(start + supervised)
         ids.append(sample.labels[1:][supervised])
         start += sample.num_tokens
-    num_targets = sum(part.numel() for part in ids)
-    if not num_targets:
-        return torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), 0
-    return torch.cat(index), torch.cat(ids), num_targets
+    counts = [part.numel() for part in ids]
+    if not sum(counts):
+        return torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), counts
+    return torch.cat(index), torch.cat(ids), counts
+
+
+def _kinds(
+    samples: list[EncodedSample], document_targets: list[int]
+) -> tuple[list[tuple[str, str]], list[int], Tensor]:
+    """Pairs of task and modality, their targets, and the pair of each target; a dummy has none."""
+    counts: dict[tuple[str, str], int] = {}
+    for sample, count in zip(samples, document_targets, strict=True):
+        pair = (sample.task, sample.modality)
+        counts[pair] = counts.get(pair, 0) + count
+    kinds = list(counts) or [("", "text")]
+    of_document = torch.tensor([kinds.index((s.task, s.modality)) for s in samples])
+    target_kind = torch.zeros(1, dtype=torch.long)
+    if sum(document_targets):
+        target_kind = of_document.repeat_interleave(torch.tensor(document_targets))
+    return kinds, list(counts.values()) or [0], target_kind
 
 
 def _vision(

@@ -52,6 +52,13 @@ from omni_train.models.tmrope import (
 from omni_train.speech.mel import log_mel, num_audio_tokens, num_mel_frames
 
 Int64Array = NDArray[np.int64]
+# What a media span counts as in the metrics.
+_MODALITIES: dict[type[Span], str] = {
+    AudioSpan: "audio",
+    ImageSpan: "image",
+    VideoSpan: "video",
+    SoundVideoSpan: "audio_video",
+}
 
 
 @dataclass(slots=True)
@@ -227,6 +234,7 @@ def _assemble(parts: _Parts, raw: RawSample) -> EncodedSample:
         supervised = text is not None and text.supervised
         labels.append(ids[-1] if supervised else np.full_like(ids[-1], IGNORE_INDEX))
     side = 3 * spec.temporal_patch_size * spec.patch_size**2
+    media = [span for span in parts.spans if not isinstance(span, TextSpan)]
     return EncodedSample(
         key=raw.row.key,
         input_ids=torch.from_numpy(np.concatenate(ids)),
@@ -237,6 +245,7 @@ def _assemble(parts: _Parts, raw: RawSample) -> EncodedSample:
         mel=_joined(parts.mels, torch.empty(spec.num_mel_bins, 0), dim=1),
         mel_lengths=torch.tensor([mel.shape[1] for mel in parts.mels], dtype=torch.int64),
         task=raw.row.task,
+        modality="+".join(sorted({_MODALITIES[type(s)] for s in media})) or "text",
     )
 
 

@@ -243,6 +243,8 @@ class EncodedSample:
         mel: float32 [num_mel_bins, L], all clips of the sample one after the other.
         mel_lengths: int64 [num_audios], mel frames of each clip.
         task: task name, for metrics.
+        modality: media of the dialogue, for metrics: `text` without any, else the kinds of media
+            spans in it (image, video, audio, audio_video), sorted and joined by `+`.
     """
 
     key: str
@@ -254,6 +256,7 @@ class EncodedSample:
     mel: Tensor
     mel_lengths: Tensor
     task: str = ""
+    modality: str = "text"
 
     @property
     def num_tokens(self) -> int:
@@ -288,6 +291,11 @@ class Batch:
         audio_kwargs: tensors the audio tower takes precomputed (`chunk_lengths`,
             `valid_indices`, `pool_indices`, `cu_seqlens`).
         bad: (source, shard, key, reason) of samples that were planned but could not be used.
+        document_targets: supervised tokens of each document, in order; they add up to
+            `num_target_tokens`.
+        kinds: (task, modality) pairs of the documents.
+        kind_targets: supervised tokens of each pair.
+        target_kind: int64 [N], which pair a target belongs to.
     """
 
     keys: list[str]
@@ -306,7 +314,11 @@ class Batch:
     mel_lengths: Tensor
     audio_index: Tensor
     audio_kwargs: dict[str, Tensor]
-    bad: list[tuple[str, str, str, str]] = field(default_factory=list)
+    bad: list[tuple[str, str, str, str]]
+    document_targets: list[int]
+    kinds: list[tuple[str, str]]
+    kind_targets: list[int]
+    target_kind: Tensor
 
     @property
     def num_tokens(self) -> int:

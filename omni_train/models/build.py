@@ -38,7 +38,14 @@ from omni_train.models.presets import (
 from omni_train.models.talker import OmniForTraining, Talker, TalkerForTraining
 from omni_train.models.talker_layout import TalkerSpec
 from omni_train.models.thinker import ThinkerForTraining
-from omni_train.models.weights import BuildReport, TalkerRowsSource, WeightSource, open_source
+from omni_train.models.weights import (
+    TEXT_TABLE,
+    BuildReport,
+    CheckpointSource,
+    TalkerRowsSource,
+    WeightSource,
+    open_source,
+)
 
 # What a Talker that starts afresh takes from no checkpoint; its rows are still the Thinker's.
 FRESH_TALKER = frozenset({"talker", "talker_projection", "codec_head"})
@@ -69,9 +76,11 @@ def build_thinker(
         thinker = Qwen2_5OmniThinkerForConditionalGeneration(config.thinker_config)
         model = ThinkerForTraining(thinker)
     model.spec = model_spec(config.thinker_config, tokenizer)
+    sources = _sources(model, model_config)
+    _check_rope(model_config, sources.get(TEXT_TABLE))
     model.report = materialise(
         model,
-        sources=_sources(model, model_config),
+        sources=sources,
         seed=seed,
         dtype=dtype,
         zero3_config=zero3_config,
@@ -113,6 +122,22 @@ def build_talker(
         zero3_config=zero3_config,
     )
     return model
+
+
+def needs_weights(config: ModelConfig, what: str) -> None:
+    """Refuse a stage that would start from random weights.
+
+    Args:
+        config: of the model.
+        what: such a stage usually starts from.
+    """
+    if not config.init_from:
+        raise ConfigError(
+            key="model.init_from",
+            value="",
+            rule="the stage goes on from trained weights",
+            remedy=f"give {what}, or a directory of safetensors",
+        )
 
 
 def by_model(config: ModelConfig) -> tuple[ModelConfig, ModelConfig]:
@@ -302,6 +327,20 @@ def _sources(
             remedy="use a checkpoint of the whole part, or init_groups for some groups of it",
         )
     return sources
+
+
+def _check_rope(config: ModelConfig, source: WeightSource | None) -> None:
+    """A run's checkpoint has no config.json that could tell the base it was trained with."""
+    if not isinstance(source, CheckpointSource) or config.rope_theta is not None:
+        return
+    trained_with = source.settings.get("model.rope_theta")
+    if trained_with is not None:
+        raise ConfigError(
+            key="model.rope_theta",
+            value=None,
+            rule=f"{source.path} was trained with {trained_with}",
+            remedy=f"set model.rope_theta={trained_with}",
+        )
 
 
 def _shorten(names: list[str]) -> str:

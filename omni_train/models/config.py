@@ -79,6 +79,9 @@ class ModelConfig:
         tiny: sizes of the `tiny` preset.
         speakers: token of the tokenizer by the name that the data use for a voice; empty takes the
             release's two, or for `tiny` its speaker tokens under their own names.
+        rope_theta: base of the Thinker's rotary positions, for longer contexts; None keeps that of
+            the weights' config.json, else the preset's 1,000,000. A stage that starts from a run
+            with a base of its own must name the same one.
         new_speakers: names among `speakers` that get a fresh row, the mean of the others'.
     """
 
@@ -89,8 +92,16 @@ class ModelConfig:
     tiny: TinySizes = field(default_factory=TinySizes)
     speakers: dict[str, str] = field(default_factory=dict)
     new_speakers: list[str] = field(default_factory=list)
+    rope_theta: float | None = None
 
     def __post_init__(self) -> None:
+        if self.rope_theta is not None and self.rope_theta <= 1.0:
+            raise ConfigError(
+                key="model.rope_theta",
+                value=self.rope_theta,
+                rule="a base is greater than 1",
+                remedy="use 1e6, Qwen2.5's, or more",
+            )
         for name in self.new_speakers:
             if name not in self.speakers:
                 raise ConfigError(

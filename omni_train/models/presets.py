@@ -138,9 +138,13 @@ def resolve_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Qw
     """
     path = Path(model.init_from) / "config.json" if model.init_from else None
     if path is None or not path.is_file():
-        return build_config(model.preset, tokenizer, model.tiny)
-    config = read_config(path)
-    model_spec(config.thinker_config, tokenizer)
+        config = build_config(model.preset, tokenizer, model.tiny)
+    else:
+        config = read_config(path)
+        model_spec(config.thinker_config, tokenizer)
+    if model.rope_theta is not None:
+        text = config.thinker_config.text_config
+        text.rope_parameters = {**text.rope_parameters, "rope_theta": model.rope_theta}
     return config
 
 

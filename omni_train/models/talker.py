@@ -133,10 +133,11 @@ class OmniForTraining(ThinkerForTraining):
         self.talker = talker.talker
         self.joint = joint
 
-    def forward(self, batch: Batch | SpeechBatch) -> Tensor:
+    def forward(self, batch: Batch | SpeechBatch, *, score: bool = False) -> Tensor:
         """Return the log-probabilities float32 [N]: of text targets, or of codec targets."""
         if isinstance(batch, Batch):
-            return super().forward(batch)
+            return super().forward(batch, score=score)
+        assert not score, "codes are scored by ear"
         assert batch.thinker is not None, "this model makes the states itself"
         with nullcontext() if self.joint else torch.no_grad():
             states = thinker_states(self, batch.thinker)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
     Qwen2_5OmniThinkerForConditionalGeneration,
 )
@@ -32,22 +33,41 @@ class LogProbHead(nn.Linear):
     for it, forward and backward.
     """
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, *, score: bool = False
+    ) -> Tensor:
         """Return the log-probabilities of `targets`, or all logits without them (decoding).
 
         Args:
             hidden: [N, H]; any leading shape without targets.
             targets: int64 [N].
+            score: say also where a target is the most probable token.
 
         Returns:
-            float32 [N], or logits [..., V] in the dtype of `hidden`.
+            float32 [N]; [2, N] with `score`, the second row 1 where it is and 0 elsewhere; without
+            targets logits [..., V] in the dtype of `hidden`.
         """
         if targets is None:
             return super().forward(hidden)
         logprobs: Tensor = ChunkedLogProbFunction.apply(
             hidden, self.weight, self.bias, targets, 1.0, LOGPROB_CHUNK, None, 1.0, ()
         )[0]
-        return logprobs
+        if not score:
+            return logprobs
+        return torch.stack([logprobs, (self._most_probable(hidden) == targets).float()])
+
+    def _most_probable(self, hidden: Tensor) -> Tensor:
+        """Return int64 [N], tile by tile: no logits of a pack are built here either."""
+        best = torch.full(hidden.shape[:1], -torch.inf, device=hidden.device, dtype=hidden.dtype)
+        chosen = torch.zeros(hidden.shape[:1], device=hidden.device, dtype=torch.long)
+        for start in range(0, self.out_features, LOGPROB_CHUNK):
+            columns = slice(start, start + LOGPROB_CHUNK)
+            bias = None if self.bias is None else self.bias[columns]
+            highest = linear(hidden, self.weight[columns], bias).max(dim=-1)
+            better = highest.values > best
+            best = torch.where(better, highest.values, best)
+            chosen = torch.where(better, highest.indices + start, chosen)
+        return chosen
 
 
 class ThinkerForTraining(nn.Module):
@@ -91,10 +111,13 @@ class ThinkerForTraining(nn.Module):
         language_model = self.thinker.model.language_model
         return packed_hidden(language_model, self.embed(batch), batch.position_ids, batch.segments)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the log-probabilities float32 [N] of the pack's supervised tokens."""
+    def forward(self, batch: Batch, *, score: bool = False) -> Tensor:
+        """Return the log-probabilities float32 [N] of the pack's supervised tokens.
+
+        With `score` [2, N], see `LogProbHead`.
+        """
         hidden = self.hidden(batch)[0].index_select(0, batch.target_index)
-        logprobs: Tensor = self.thinker.lm_head(hidden, batch.target_ids)
+        logprobs: Tensor = self.thinker.lm_head(hidden, batch.target_ids, score=score)
         return logprobs
 
 

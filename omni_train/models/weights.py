@@ -117,7 +117,8 @@ class CheckpointSource:
     """Weights of a checkpoint that a run of ours saved: the fp32 master weights.
 
     Args:
-        path: the checkpoint; every byte of it is checked first.
+        path: the checkpoint; every byte of it is checked first. `settings` are those of the run
+            that wrote it, by dotted key.
 
     Raises:
         ConfigError: a file of it is missing or damaged.
@@ -129,6 +130,7 @@ class CheckpointSource:
             self._reader = CheckpointReader(path)
         except CheckpointError as error:
             raise _unusable(path, str(error)) from error
+        self.settings: dict[str, Any] = self._reader.manifest.fingerprint.get("config", {})
 
     def names(self) -> set[str]:
         """Return the names of all parameters that the checkpoint holds."""

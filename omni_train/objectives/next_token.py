@@ -19,5 +19,26 @@ def next_token(model: nn.Module, batch: Batch) -> StepOutput:
         batch: one pack with N targets.
     """
     logprobs: Tensor = model(batch)
-    loss = -(batch.target_weights * logprobs).sum()
-    return StepOutput(loss=loss, metrics={}, num_tokens=batch.num_target_tokens)
+    losses = -batch.target_weights * logprobs
+    return StepOutput(
+        loss=losses.sum(), metrics=_by_kind(losses, batch), num_tokens=batch.num_target_tokens
+    )
+
+
+def _by_kind(losses: Tensor, batch: Batch) -> dict[str, tuple[Tensor, Tensor | int]]:
+    """Loss per token of each task, `loss_task/asr`, and of each modality, `loss_modality/audio`.
+
+    Args:
+        losses: float32 [N].
+        batch: the pack they belong to.
+    """
+    sums = losses.new_zeros(len(batch.kinds)).index_add_(0, batch.target_kind, losses.detach())
+    metrics: dict[str, tuple[Tensor, Tensor | int]] = {}
+    none = losses.new_zeros(())
+    for (task, modality), count, total in zip(
+        batch.kinds, batch.kind_targets, sums.unbind(), strict=True
+    ):
+        for name in (f"loss_task/{task or 'unnamed'}", f"loss_modality/{modality}"):
+            before, so_far = metrics.get(name, (none, 0))
+            metrics[name] = (before + total, so_far + count)
+    return metrics
