@@ -110,6 +110,12 @@ def _add_runs(add: Add) -> None:
         command.add_argument("overrides", nargs="*", help="key=value or group=option")
     for command in (train, evaluate):
         command.add_argument("--ranks", type=int, help="processes; the default is one per GPU")
+        command.add_argument(
+            "--restarts", type=int, default=0, help="start ranks that died or hung again; default 0"
+        )
+        command.add_argument(
+            "--stop-s", type=int, help="seconds to save in when asked to stop; default as measured"
+        )
     config.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -245,9 +251,17 @@ def _train(args: argparse.Namespace) -> int:
         return refused
     if args.ranks is not None and args.ranks < 1:
         return _fail(f"--ranks={args.ranks}: at least one process is needed")
+    if args.restarts < 0 or (args.stop_s is not None and args.stop_s < 1):
+        return _fail("--restarts must not be negative, and --stop-s must be 1 or more")
     from launch.local import count_gpus, run_recipe
 
-    return run_recipe(stage, args.overrides, ranks=args.ranks or max(1, count_gpus()))
+    return run_recipe(
+        stage,
+        args.overrides,
+        ranks=args.ranks or max(1, count_gpus()),
+        restarts=args.restarts,
+        stop_s=args.stop_s,
+    )
 
 
 def _data(args: argparse.Namespace) -> int:

@@ -5,11 +5,15 @@
 The launcher never imports a recipe. Every rank's output goes to `logs/rank-*.out` of the run
 directory and torchrun's own to `logs/torchrun.out`; rank 0's is copied to the screen. torchrun
 turns every failure into status 1, so the run's `state.json` decides what the launcher ends with.
+
+SIGTERM or SIGUSR1 at the launcher goes on to the ranks once: they save and end with 75. How long
+torchrun waits for that before it kills them follows from how long saving took before.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -19,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, BinaryIO
 
 import yaml
@@ -26,8 +31,15 @@ import yaml
 from launch.rank import output_name
 from launch.stages import REPO
 from omni_train.engine.exit_codes import ExitCode
+from omni_train.engine.stop import SIGNALS
+from omni_train.tracking.events import read_jsonl
 
 _POLL_S = 0.1
+# Time to stop in where nothing was measured yet, and the least that is given.
+_UNMEASURED_STOP_S = 60
+_LEAST_STOP_S = 30
+# How a run ends that the same command may well bring to its end: a rank died, or hung.
+_WORTH_RESTARTING = (ExitCode.bug, ExitCode.hang)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +118,8 @@ def run_recipe(
     ranks: int = 1,
     run_dir: Path | None = None,
     follow: Callable[[], None] | None = None,
+    restarts: int = 0,
+    stop_s: int | None = None,
 ) -> int:
     """Run a recipe to its end and return the status that says how it went.
 
@@ -117,6 +131,10 @@ def run_recipe(
             check in a process of its own is left out, as the ranks check too.
         follow: called several times a second, to show progress in its own way; rank 0's output is
             then not copied to the screen.
+        restarts: times that ranks which died or hung are started again, from the newest
+            checkpoint; an error that would come again is not tried again.
+        stop_s: seconds in which ranks that are asked to stop must have saved; the default is what
+            saving took before, twice.
     """
     if run_dir is None:
         checked = check(recipe, overrides, ranks=ranks)
@@ -126,7 +144,49 @@ def run_recipe(
         run_dir = REPO / checked.values()["run"]["dir"]
     else:
         overrides = [*overrides, f"run.dir={json.dumps(str(run_dir))}"]
-    return run_module(f"recipes.{recipe}", overrides, ranks=ranks, run_dir=run_dir, follow=follow)
+    for left in range(restarts, -1, -1):
+        code = run_module(
+            f"recipes.{recipe}",
+            overrides,
+            ranks=ranks,
+            run_dir=run_dir,
+            follow=follow,
+            stop_s=stop_s,
+        )
+        if code not in _WORTH_RESTARTING or not left:
+            break
+        print(f"starting again from the newest checkpoint; {left - 1} more times", file=sys.stderr)
+    return code
+
+
+def measured_stop_s(run_dir: Path) -> float | None:
+    """Return the seconds that a stop takes at most, by the run's events; None before a save.
+
+    A request can come just after a vote, so it is two steps and a save.
+    """
+    steps = saves = 0.0
+    for event in read_jsonl(run_dir / "events.jsonl"):
+        if event.get("kind") == "step":
+            steps = max(steps, sum(map(float, event.get("seconds", {}).values())))
+        elif event.get("kind") == "save":
+            saves = max(saves, float(event["seconds"]))
+    return 2 * steps + saves if saves else None
+
+
+def stop_seconds(run_dir: Path, given: int | None) -> int:
+    """Return how long ranks may take to stop; says so where less is given than is needed."""
+    measured = measured_stop_s(run_dir)
+    if given is None:
+        wanted = _UNMEASURED_STOP_S if measured is None else math.ceil(2 * measured)
+        return max(_LEAST_STOP_S, wanted)
+    if measured is not None and given < 2 * measured:
+        print(
+            f"a request to stop gives the ranks {given} s, but two steps and a save took "
+            f"{measured:.1f} s before; with less than twice that, what follows the last checkpoint "
+            "may be lost",
+            file=sys.stderr,
+        )
+    return given
 
 
 def run_module(
@@ -136,6 +196,7 @@ def run_module(
     ranks: int,
     run_dir: Path,
     follow: Callable[[], None] | None = None,
+    stop_s: int | None = None,
 ) -> int:
     """Run `python -m MODULE ARGUMENTS` on every rank; return the status that says how it went."""
     logs = run_dir / "logs"
@@ -145,6 +206,8 @@ def run_module(
         *(sys.executable, "-m", "torch.distributed.run"),
         *("--nnodes=1", f"--nproc-per-node={ranks}", "--max-restarts=0"),
         *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"),
+        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        f"--shutdown-timeout={stop_seconds(run_dir, stop_s)}",
         *("-m", "launch.rank", str(logs), module, *arguments),
     ]
     with (logs / "torchrun.out").open("ab") as own:
@@ -190,11 +253,16 @@ def _watch(
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    signals = (signal.SIGINT, signal.SIGTERM)
-    previous = {
-        number: signal.signal(number, lambda received, _: process.send_signal(received))
-        for number in signals
-    }
+    asked: list[int] = []
+
+    def pass_on(received: int, _frame: FrameType | None) -> None:
+        # A second request would end torchrun while it waits for the ranks to save.
+        if received == signal.SIGINT or not asked:
+            process.send_signal(received)
+        asked.append(received)
+
+    signals = (signal.SIGINT, *SIGNALS)
+    previous = {number: signal.signal(number, pass_on) for number in signals}
     try:
         while process.poll() is None:
             show()

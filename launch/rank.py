@@ -6,6 +6,7 @@ Usage: python -m launch.rank LOG_DIRECTORY MODULE [overrides]
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 
@@ -21,6 +22,11 @@ def main() -> None:
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    # A request to stop waits until the run can note it (omni_train/engine/stop.py); torchrun may
+    # have been told to ignore some, and that would be inherited.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
     os.execv(sys.executable, [sys.executable, "-m", module, *overrides])  # noqa: S606
 
 

@@ -80,7 +80,8 @@ def main(fd: int) -> None:
 
 
 def _run(fd: int) -> None:
-    for ignored in (signal.SIGINT, signal.SIGTERM):
+    # A scheduler signals every process of a job; the rank decides what becomes of its workers.
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=fd))
     try:

@@ -77,9 +77,17 @@ def fit(
             after each step whose number, counted from 1, the interval divides.
 
     Raises:
-        RunError: too many non-finite steps in a row (76), or a checkpoint could not be written.
+        RunError: too many non-finite steps in a row (76), a checkpoint could not be written, or
+            some rank was asked to stop (75); all have then saved after the same step.
         DataError: the loader counted too many unusable samples.
     """
+    with run.stop.deferred():
+        _fit(engine, loader, step, cfg, run, every)
+
+
+def _fit(
+    engine: Engine, loader: Loader, step: StepFunction, cfg: FitConfig, run: Run, every: Every
+) -> None:
     saved = _start(engine, loader, cfg, run)
     skipped, metrics = 0, {}
     engine.model.train()
@@ -98,8 +106,12 @@ def fit(
         if skipped > cfg.max_skipped_steps:
             reason = f"{skipped} non-finite steps in a row, the last one {engine.step}"
             raise RunError(ExitCode.non_finite, f"{reason}; see the non_finite events for samples")
-        if engine.step % cfg.save_steps == 0:
+        stop = verdict.stop if engine.step < cfg.max_steps else ""
+        if stop or engine.step % cfg.save_steps == 0:
             saved = _save(engine, loader, cfg, run, metrics)
+        if stop:
+            reason = f"asked to stop by {stop}; saved step {engine.step}"
+            raise RunError(ExitCode.preempted, f"{reason}; the same command goes on from there")
         for interval, function in every:
             if engine.step % interval == 0:
                 function(engine, engine.step)
@@ -147,7 +159,7 @@ def _global_step(
         output.loss = output.loss.detach()
         outputs.append(output)
     with clock.part("vote"):
-        report = local_report(engine, outputs, batches)
+        report = local_report(engine, outputs, batches, stop=run.stop.name)
         verdict = verdict_of([Report(**rank) for rank in gather_json(report.as_dict())], num_tokens)
     engine.step += 1
     run.step = engine.step

@@ -32,6 +32,7 @@ from omni_train.engine.distributed import World, gather_json, init_distributed
 from omni_train.engine.exit_codes import ExitCode, RunError, exit_code_of
 from omni_train.engine.fingerprint import Identity, identity_of, plain, redact
 from omni_train.engine.lock import RunLock
+from omni_train.engine.stop import StopRequest
 from omni_train.tracking.config import TrackingConfig
 from omni_train.tracking.events import JsonlWriter
 
@@ -83,6 +84,7 @@ class Run:
         stage: name of the recipe.
         identity: fingerprint that checkpoints carry.
         step: last finished global step.
+        stop: whether this process was asked to stop.
     """
 
     dir: Path
@@ -91,6 +93,7 @@ class Run:
     stage: str
     identity: Identity
     step: int = 0
+    stop: StopRequest = field(default_factory=StopRequest)
     _started: float = field(default_factory=time.monotonic)
     _events: JsonlWriter | None = None
     _ledger: JsonlWriter | None = None
@@ -184,23 +187,28 @@ def start_run(
         lock.release()
         raise
     handlers = _open_logs(run)
-    try:
-        _on_main(world, lambda: _open(run, settings, typed))
-        seed_everything(config.seed)
-        yield run
-    except BaseException as error:
-        _failed(run, error)
-        raise
-    else:
-        run.event("run_end", status="done", step=run.step)
-        run.write_state("done", exit_code=int(ExitCode.done), reason="")
-    finally:
-        if run.is_main:
-            _write_views(run, settings, tracking or TrackingConfig(wandb=False))
-        lock.release()
-        for handler in handlers:
-            log.removeHandler(handler)
-            handler.close()
+    with run.stop.listening():
+        try:
+            _on_main(world, lambda: _open(run, settings, typed))
+            seed_everything(config.seed)
+            with run.stop.ends_at_once():
+                yield run
+        except BaseException as error:
+            ended = _as_stopped(run, error)
+            _failed(run, ended)
+            if ended is error:
+                raise
+            raise ended from error
+        else:
+            run.event("run_end", status="done", step=run.step)
+            run.write_state("done", exit_code=int(ExitCode.done), reason="")
+        finally:
+            if run.is_main:
+                _write_views(run, settings, tracking or TrackingConfig(wandb=False))
+            lock.release()
+            for handler in handlers:
+                log.removeHandler(handler)
+                handler.close()
 
 
 def _on_main(world: World, action: Any) -> None:
@@ -266,6 +274,14 @@ def _open_logs(run: Run) -> list[logging.Handler]:
         handler.setFormatter(formatter)
         log.addHandler(handler)
     return handlers
+
+
+def _as_stopped(run: Run, error: BaseException) -> BaseException:
+    """Return what ended the run: where ranks were asked to stop, the others lose their peers."""
+    if run.stop.name and exit_code_of(error) is ExitCode.bug:
+        reason = f"asked to stop by {run.stop.name}; not saved: {type(error).__name__}: {error}"
+        return RunError(ExitCode.preempted, reason)
+    return error
 
 
 def _failed(run: Run, error: BaseException) -> None:

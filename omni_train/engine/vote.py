@@ -37,6 +37,7 @@ class Report:
         num_samples: number of its samples.
         all_tokens: tokens of its packs, supervised or not.
         bad_samples: (source, shard, key, reason) of samples that were planned but not used.
+        stop: signal that asked this rank to stop; empty where none did.
     """
 
     losses: list[float]
@@ -46,6 +47,7 @@ class Report:
     num_samples: int
     all_tokens: int
     bad_samples: list[tuple[str, str, str, str]]
+    stop: str
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON-able values."""
@@ -69,6 +71,7 @@ class Verdict:
         offenders: rank -> its micro-steps with a non-finite loss; no micro-step where only the
             gradient is not finite.
         bad_samples: of all ranks.
+        stop: signal and rank that ask all to stop after this step; empty where none does.
     """
 
     finite: bool
@@ -82,10 +85,11 @@ class Verdict:
     all_tokens: int
     offenders: dict[int, list[int]]
     bad_samples: list[tuple[str, str, str, str]]
+    stop: str
 
 
 def local_report(
-    engine: Engine, outputs: Sequence[StepOutput], batches: Sequence[MicroBatch]
+    engine: Engine, outputs: Sequence[StepOutput], batches: Sequence[MicroBatch], *, stop: str
 ) -> Report:
     """Return this rank's report; reads all device numbers at once."""
     world = get_world()
@@ -114,6 +118,7 @@ def local_report(
         num_samples=len(keys),
         all_tokens=sum(batch.num_tokens for batch in batches),
         bad_samples=[row for batch in batches for row in batch.bad],
+        stop=stop,
     )
 
 
@@ -153,6 +158,7 @@ def verdict_of(reports: Sequence[Report], num_tokens: int) -> Verdict:
         all_tokens=sum(report.all_tokens for report in reports),
         offenders=_offenders(reports),
         bad_samples=[row for report in reports for row in report.bad_samples],
+        stop=next((f"{r.stop} at rank {n}" for n, r in enumerate(reports) if r.stop), ""),
     )
 
 

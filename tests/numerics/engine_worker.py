@@ -9,7 +9,9 @@ a frozen part between them, odd sizes everywhere, so that every ZeRO partition e
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -74,15 +76,24 @@ class ToyBatch:
 class ToyLoader:
     """Samples 8s .. 8s + 7 make global step s, dealt to ranks and micro-steps."""
 
-    def __init__(self, micro_steps: int, *, poison: tuple[int, int] | None, empty: int) -> None:
+    def __init__(
+        self,
+        micro_steps: int,
+        *,
+        poison: tuple[int, int] | None,
+        empty: int,
+        stop: tuple[int, int] | None = None,
+    ) -> None:
         self.position, self.micro_steps = 0, micro_steps
-        self.poison, self.empty = poison, empty
+        self.poison, self.empty, self.stop = poison, empty, stop
 
     def steps(self) -> Any:
         world = get_world()
         while True:
             step = self.position
             self.position += 1
+            if self.stop == (step, world.rank):
+                os.kill(os.getpid(), signal.SIGUSR1)
             size = GLOBAL_BATCH // world.size // self.micro_steps
             first = step * GLOBAL_BATCH + world.rank * size * self.micro_steps
             batches = [self._batch(step, first + m * size, size) for m in range(self.micro_steps)]
@@ -150,6 +161,7 @@ def train(
     poison: tuple[int, int] | None = None,
     empty: int = -1,
     max_skipped_steps: int = 5,
+    stop: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Run or resume; return what the events say and the group hashes after each step."""
     hashes: list[dict[str, str]] = []
@@ -159,7 +171,7 @@ def train(
         if step == stop_at:
             raise StopHereError(f"stopped at {step}")
 
-    loader = ToyLoader(micro_steps, poison=poison, empty=empty)
+    loader = ToyLoader(micro_steps, poison=poison, empty=empty, stop=stop)
     cfg = FitConfig(
         max_steps=max_steps,
         save_steps=save_steps,
@@ -198,7 +210,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def resume(out: Path) -> dict[str, Any]:
-    """Run 10 against run 5 + resume 5, for every stage and precision."""
+    """Run 10 against run 5 + resume 5, and against a stop in step 7, by stage and precision."""
     results: dict[str, Any] = {}
     for stage in (1, 2, 3):
         for precision in Precision:
@@ -215,6 +227,9 @@ def resume(out: Path) -> dict[str, Any]:
             results[f"{name}-straight"] = train(out / f"{name}-straight", **options)
             results[f"{name}-first"] = train(out / f"{name}-resumed", **options, stop_at=5)
             results[f"{name}-resumed"] = train(out / f"{name}-resumed", **options)
+            asked = train(out / f"{name}-asked", **options, stop=(6, 1))
+            results[f"{name}-asked"] = asked
+            results[f"{name}-went-on"] = train(out / f"{name}-asked", **options)
     return results
 
 

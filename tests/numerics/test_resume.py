@@ -65,6 +65,21 @@ def test_run_ten_equals_run_five_and_resume_five(runs: Results, name: str) -> No
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_stop_at_one_rank_saves_all_at_one_step_and_costs_nothing(
+    runs: Results, name: str
+) -> None:
+    straight, asked, went_on = (runs[f"{name}-{kind}"] for kind in ("straight", "asked", "went-on"))
+    said = "asked to stop by SIGUSR1 at rank 1; saved step 7; the same command goes on from there"
+    assert asked["ended"] == f"RunError: {said}"
+    assert (asked["state"]["status"], asked["state"]["exit_code"]) == ("preempted", 75)
+    assert (asked["state"]["step"], asked["steps"][-1]) == (7, 7)
+    assert [event["step"] for event in went_on["events"]] == [7]
+    for key in ("losses", "norms", "keys", "lr", "metrics"):
+        assert went_on[key] == straight[key], key
+    assert went_on["hashes"][-1] == straight["hashes"][-1]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_only_trained_groups_change(runs: Results, name: str) -> None:
     before, *_, after = runs[f"{name}-straight"]["hashes"]
     assert {group for group in before if before[group] == after[group]} == {"fixed"}

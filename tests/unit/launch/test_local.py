@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,10 +29,15 @@ if mode == "environment" and rank == 0:
     print(json.dumps({k: os.environ.get(k) for k in sys.argv[3:]}), flush=True)
 if mode == "nan":
     end(76)
+if mode == "dies" and not os.path.exists(os.path.join(run_dir, "died")):
+    open(os.path.join(run_dir, "died"), "w").close()
+    os.kill(os.getpid(), signal.SIGKILL)
 if mode == "plain" and rank == 1:
     sys.exit(65)
 if mode == "wait":
     signal.signal(signal.SIGTERM, lambda *_: end(75))
+    # As a run does once it can note the request.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     open(os.path.join(run_dir, f"ready-{rank}"), "w").close()
     time.sleep(60)
 """
@@ -83,6 +90,24 @@ def test_the_state_decides_the_exit_code(toy: Path) -> None:
 def test_a_rank_s_own_code_counts_where_no_state_was_written(toy: Path) -> None:
     (toy / "state.json").write_text('{"exit_code": 74}')
     assert local.run_module("toy_recipe", ["plain", str(toy)], ranks=2, run_dir=toy) == 65
+
+
+def test_ranks_that_died_are_started_again_and_errors_that_stay_are_not(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    starts: list[str] = []
+    run_module = local.run_module
+
+    def counted(_module: str, overrides: Sequence[str], **options: Any) -> int:
+        starts.append(overrides[0])
+        # The toy takes no overrides of Hydra's form.
+        return run_module("toy_recipe", [overrides[0], str(toy)], **options)
+
+    monkeypatch.setattr(local, "run_module", counted)
+    assert local.run_recipe("toy", ["dies"], run_dir=toy, restarts=2) == 0
+    assert local.run_recipe("toy", ["nan"], run_dir=toy, restarts=2) == 76
+    assert starts == ["dies", "dies", "nan"]
+    assert "starting again from the newest checkpoint; 1 more" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
