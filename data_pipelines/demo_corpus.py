@@ -50,7 +50,7 @@ from omni_train.config.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from data_pipelines.shards import Sample
 
-CORPUS_VERSION = 3
+CORPUS_VERSION = 4
 CORPUS_FILE = "corpus.json"
 VOICES = (
     *("en-us", "en-us+m1", "en-us+f2", "en-us+klatt", "en-us+m3", "en-gb"),

@@ -3,6 +3,8 @@
     speech          request in one of several wordings -> the words, written and spoken
     speech_noisy    the same sounds under the same keys; every other sample's text has one error
 
+A comma stands between some of the words, where the voice pauses.
+
 The errors are those of a careless transcript, and are what preference training is for (section 4.2
 of the report, arXiv 2503.20215): a Talker that learns from them says the wrong words at times. The
 request quotes the text, so that nothing but the sound tells of an error.
@@ -35,6 +37,9 @@ REPLY = "reply.wav"
 # Share of 1, 2 and 3 words: many different sequences, for a few are learnt by heart.
 _LENGTH_SHARES = (0.10, 0.25, 0.65)
 _ERRORS = ("wrong", "not spoken", "not written", "twice")
+_COMMA = ","
+# Of the boundaries between two words.
+_COMMA_SHARE = 0.4
 
 
 def plan_speech(recipe: Recipe) -> Iterator[SamplePlan]:
@@ -42,8 +47,8 @@ def plan_speech(recipe: Recipe) -> Iterator[SamplePlan]:
     voices = tuple(v for v in BASE_VOICES if v in recipe.voices) or recipe.voices
     drawn = draw_utterances(recipe, "speech", _LENGTH_SHARES, voices)
     for key, (words, voice) in zip(recipe.keys("speech"), drawn, strict=True):
-        text = " ".join(words)
-        meta = {"words": [text], "scenes": [], "error": ""}
+        text = punctuated(words, random.Random(f"{recipe.seed} comma {key}"))
+        meta = {"words": [" ".join(words)], "scenes": [], "error": ""}
         record = sample_record(_dialogue(key, text), "speech", meta, voice)
         yield SamplePlan(key, record, {REPLY: Speech(text, voice)})
 
@@ -59,33 +64,50 @@ def with_errors(plans: Iterable[SamplePlan], seed: int) -> Iterator[SamplePlan]:
         record = deepcopy(plan.record)
         if number % 2:
             (spoken,) = record["meta"]["words"]
+            text = record["messages"][-1]["content"][0]["text"]
             rng = random.Random(f"{seed} error {plan.key}")
-            kind, written = misheard(spoken.split(), rng)
+            kind, written = misheard(text.split(), rng)
             # Held-out content stays out of the texts too.
-            while split_of_words(tuple(written), seed) is Split.heldout:
-                kind, written = misheard(spoken.split(), rng)
-            record["meta"] |= {"words": [spoken, " ".join(written)], "error": kind}
+            while split_of_words(words_of(" ".join(written)), seed) is Split.heldout:
+                kind, written = misheard(text.split(), rng)
+            said = " ".join(words_of(" ".join(written)))
+            record["meta"] |= {"words": [spoken, said], "error": kind}
             record["messages"] = _dialogue(plan.key, " ".join(written))
         yield SamplePlan(plan.key, record, plan.media)
+
+
+def punctuated(words: tuple[str, ...], rng: random.Random) -> str:
+    """Return the words as a text with commas at some boundaries."""
+    marks = [_COMMA if rng.random() < _COMMA_SHARE else "" for _ in words[1:]]
+    return " ".join(word + mark for word, mark in zip(words, [*marks, ""], strict=True))
+
+
+def words_of(text: str) -> tuple[str, ...]:
+    """Return the words of a text without its commas."""
+    return tuple(text.replace(_COMMA, "").split())
 
 
 def misheard(words: list[str], rng: random.Random) -> tuple[str, list[str]]:
     """Return the kind of an error and the words with it: one wrong, one more, one less, one twice.
 
-    A single word is never left out: a reply without text cannot be asked for.
+    A single word is never left out: a reply without text cannot be asked for. A word keeps the
+    comma behind it.
     """
     kinds = _ERRORS if len(words) > 1 else tuple(k for k in _ERRORS if k != "not written")
     kind = rng.choice(kinds)
     place = rng.randrange(len(words))
-    other = rng.choice([word for word in VOCABULARY if word not in words])
+    bare = words_of(" ".join(words))
+    other = rng.choice([word for word in VOCABULARY if word not in bare])
     before, word, after = words[:place], words[place], words[place + 1 :]
+    mark = word.removeprefix(bare[place])
     changed = {
-        "wrong": [other],
+        "wrong": [other + mark],
         "not spoken": [other, word],
         "not written": [],
-        "twice": [word, word],
+        "twice": [bare[place], word],
     }[kind]
-    return kind, [*before, *changed, *after]
+    text = " ".join([*before, *changed, *after])
+    return kind, text.rstrip(_COMMA).split()
 
 
 def _dialogue(key: str, text: str) -> list[dict[str, Any]]:

@@ -6,7 +6,14 @@ import random
 from collections import Counter
 
 from data_pipelines.demo_content import VOCABULARY, Split, split_of_words
-from data_pipelines.demo_speech import BASE_VOICES, misheard, plan_speech, with_errors
+from data_pipelines.demo_speech import (
+    BASE_VOICES,
+    misheard,
+    plan_speech,
+    punctuated,
+    with_errors,
+    words_of,
+)
 from data_pipelines.demo_tasks import SAY_PROMPTS, Recipe, SamplePlan, Speech
 
 VOICES = ("en-us", "en-us+f2", "en-us+m3")
@@ -51,11 +58,12 @@ def test_held_out_sequences_are_never_spoken_or_written_in_training() -> None:
     train = plans(3000)
     noisy = list(with_errors(train, 5))
     for plan in [*train, *noisy]:
-        assert split_of_words(tuple(spoken(plan).split()), 5) is Split.train
-        assert split_of_words(tuple(written(plan).split()), 5) is Split.train
-        assert set(plan.record["meta"]["words"]) == {spoken(plan), written(plan)}
+        assert split_of_words(words_of(spoken(plan)), 5) is Split.train
+        assert split_of_words(words_of(written(plan)), 5) is Split.train
+        said = {" ".join(words_of(text)) for text in (spoken(plan), written(plan))}
+        assert set(plan.record["meta"]["words"]) == said
     for plan in plans(100, Split.heldout):
-        assert split_of_words(tuple(written(plan).split()), 5) is Split.heldout
+        assert split_of_words(words_of(written(plan)), 5) is Split.heldout
 
 
 def test_every_other_text_has_one_error_and_no_sound_has() -> None:
@@ -71,7 +79,7 @@ def test_every_other_text_has_one_error_and_no_sound_has() -> None:
             continue
         assert written(after) != spoken(after)
         assert prompt(after) in {text.format(words=written(after)) for text in SAY_PROMPTS}
-        assert edits(spoken(after).split(), written(after).split()) == 1
+        assert edits([*words_of(spoken(after))], [*words_of(written(after))]) == 1
     assert kinds.pop("") == 600
     assert set(kinds) == {"wrong", "not spoken", "not written", "twice"}
     assert min(kinds.values()) > 80
@@ -79,6 +87,20 @@ def test_every_other_text_has_one_error_and_no_sound_has() -> None:
     assert [plan.record for plan in again] == [plan.record for plan in noisy]
     other = list(with_errors(clean, 6))
     assert [plan.record for plan in other] != [plan.record for plan in noisy]
+
+
+def test_commas_stand_between_words_and_go_with_their_word() -> None:
+    texts = [written(plan) for plan in plans(600)]
+    assert not any(text.endswith(",") for text in texts)
+    boundaries = sum(len(words_of(text)) - 1 for text in texts)
+    assert 0.3 < sum(text.count(",") for text in texts) / boundaries < 0.5
+    rng = random.Random(1)
+    for _ in range(200):
+        kind, words = misheard(["apple,", "river"], rng)
+        assert kind == "not written" or words[-1] == "river" or kind == "wrong", words
+        assert " ".join(words).count(",") == (kind != "not written" or 0)
+        assert not words[-1].endswith(",")
+    assert punctuated(("river",), rng) == "river"
 
 
 def test_a_single_word_is_not_left_out() -> None:
