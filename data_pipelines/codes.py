@@ -13,12 +13,11 @@ machines (`part`). Not done here: fitting a codec.
 from __future__ import annotations
 
 import json
-import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from multiprocessing import get_context
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from data_pipelines.prepare import Part
@@ -37,6 +36,7 @@ from omni_train.data.index import (
     write_manifest,
 )
 from omni_train.data.media import decode_audio, probe
+from omni_train.data.tars import read_tar
 from omni_train.data.tokenizer import load_tokenizer, tokenizer_hash
 from omni_train.speech.codec import (
     CODES_FILE,
@@ -171,27 +171,9 @@ def _write_shard(job: tuple[Path, Path, str, CodecConfig, str]) -> str:
         raise DataError("hash_mismatch", "not the shard of the manifest", shard=str(tar))
     codec = _codec(config.kind, config.path)
     target = out_dir / tar.name
-    write_tar(target, (_with_codes(sample, codec, tar) for sample in _samples(tar)))
+    write_tar(target, (_with_codes(sample, codec, tar) for sample in read_tar(tar)))
     index_tar(target, load_tokenizer(tokenizer_dir))
     return tar.name
-
-
-def _samples(tar: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Key and members of each sample; the index has proved that they lie side by side."""
-    key, members = "", dict[str, bytes]()
-    with tarfile.open(tar, mode="r:") as file:
-        for info in file:
-            if not info.isreg():
-                continue
-            here, _, member = PurePosixPath(info.name).name.partition(".")
-            if here != key and members:
-                yield key, members
-                members = {}
-            handle = file.extractfile(info)
-            assert handle is not None, info.name
-            key, members[member] = here, handle.read()
-    if members:
-        yield key, members
 
 
 def _with_codes(sample: tuple[str, dict[str, bytes]], codec: Codec, tar: Path) -> Sample:

@@ -39,7 +39,7 @@ _LENGTH_SHARES = (0.10, 0.25, 0.65)
 _ERRORS = ("wrong", "not spoken", "not written", "twice")
 _COMMA = ","
 # Of the boundaries between two words.
-_COMMA_SHARE = 0.4
+_COMMA_SHARE = 0.25
 
 
 def plan_speech(recipe: Recipe) -> Iterator[SamplePlan]:

@@ -7,15 +7,12 @@ Each file appears whole or not at all, the manifest last; a set without one is u
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from transformers import PreTrainedTokenizerFast
-from webdataset.writer import TarWriter
 
 from data_pipelines.filters import content_hash, measure_quality, sound_member
 from omni_train.config.errors import ConfigError, DataError
@@ -25,31 +22,17 @@ from omni_train.data.index import (
     ShardInfo,
     describe_shard,
     index_path,
-    publish,
     write_index,
     write_manifest,
 )
 from omni_train.data.scan import index_shard
 from omni_train.data.split import can_split, check_times, read_segments
+from omni_train.data.tars import Sample, write_tar
 from omni_train.data.tokenizer import tokenizer_hash
 from omni_train.data.types import IndexRow
 
-_OWNER = "omni-train"
-
-
-@dataclass(slots=True)
-class Sample:
-    """What one sample of a shard is made from.
-
-    Args:
-        key: letters, digits, `_` and `-`; unique in the set.
-        record: the JSON member: `messages` and the descriptive fields.
-        media: bytes by member name, such as `0.wav`.
-    """
-
-    key: str
-    record: dict[str, Any]
-    media: dict[str, bytes] = field(default_factory=dict)
+# What others know from here.
+__all__ = ["Sample", "index_tar", "measured_rows", "write_shards", "write_tar"]
 
 
 def write_shards(
@@ -161,34 +144,3 @@ def _chunks(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
     source = iter(samples)
     while chunk := list(islice(source, size)):
         yield chunk
-
-
-def write_tar(path: Path, samples: Iterable[Sample]) -> None:
-    """Write one tar under a temporary name, flush it to disk, rename it.
-
-    Args:
-        path: of the tar.
-        samples: read once, one in memory at a time.
-    """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            # encoder=False: bytes go in as they are. mtime=0 and fixed names: the same samples,
-            # the same bytes.
-            with TarWriter(file, user=_OWNER, group=_OWNER, encoder=False, mtime=0) as writer:
-                for sample in samples:
-                    writer.write(_members(sample))
-            file.flush()
-            os.fsync(file.fileno())
-        publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _members(sample: Sample) -> dict[str, Any]:
-    for member in sample.media:
-        # The writer drops members that start with `_` without a word.
-        if member.startswith("_") or member == "json" or "/" in member:
-            raise DataError("unsafe_name", f"{member!r} cannot name a medium", key=sample.key)
-    record = json.dumps(sample.record, ensure_ascii=False, allow_nan=False)
-    return {"__key__": sample.key, "json": record.encode(), **sample.media}

@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_checks(add)
     _add_runs(add)
     _add_data(add)
+    _add_talker(add)
     return parser
 
 
@@ -143,6 +144,27 @@ def _add_data_tools(actions: argparse._SubParsersAction[argparse.ArgumentParser]
     from launch.inspection import add_inspection
     from launch.preparing import add_preparing
 
+    add = _adder(actions)
+    add_preparing(add)
+    add_inspection(add)
+
+
+def _add_talker(add: Add) -> None:
+    from launch.talker import add_talker
+
+    talker = add(
+        "talker",
+        "Rank sampled replies and make preference pairs of them.",
+        "omni-train talker rank CANDIDATES OUT --asr pocketsphinx:apple,river",
+        "omni-train talker pairs CANDIDATES RANKING OUT --tokenizer TOKENIZER",
+    )
+    actions = talker.add_subparsers(dest="action", required=True, metavar="ACTION")
+    add_talker(_adder(actions))
+
+
+def _adder(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> Add:
+    """What adds one action."""
+
     def add(name: str, summary: str, *examples: str) -> argparse.ArgumentParser:
         return actions.add_parser(
             name,
@@ -152,8 +174,7 @@ def _add_data_tools(actions: argparse._SubParsersAction[argparse.ArgumentParser]
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
-    add_preparing(add)
-    add_inspection(add)
+    return add
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -270,8 +291,15 @@ def _data(args: argparse.Namespace) -> int:
     return run_data(args)
 
 
+def _talker(args: argparse.Namespace) -> int:
+    from launch.talker import run_talker
+
+    return run_talker(args)
+
+
 _COMMANDS = {
     "data": _data,
+    "talker": _talker,
     "demo": _demo,
     "stages": _stages,
     "config": _config,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
 
 from omni_train.engine import shards
 from omni_train.engine.deepspeed import Engine
@@ -19,6 +20,17 @@ def update_with_tensor(digest: xxhash.xxh3_128, tensor: Tensor) -> None:
     """Feed a tensor's bytes, in its own dtype, to `digest`."""
     flat = tensor.detach().cpu().contiguous().flatten()
     digest.update(flat.view(torch.uint8).numpy().data)
+
+
+def weights_hash(models: Sequence[nn.Module]) -> str:
+    """Return xxh3-128 of names, shapes, dtypes and bytes of all parameters of plain models."""
+    digest = xxhash.xxh3_128()
+    for number, model in enumerate(models):
+        for name, param in sorted(model.named_parameters()):
+            assert not shards.is_partitioned(param), f"{name} is partitioned"
+            digest.update(f"{number} {name} {tuple(param.shape)} {param.dtype}".encode())
+            update_with_tensor(digest, param)
+    return digest.hexdigest()
 
 
 def group_hashes(engine: Engine) -> dict[str, str]:

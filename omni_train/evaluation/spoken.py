@@ -41,7 +41,15 @@ from omni_train.evaluation.tts import (
     summarize,
 )
 from omni_train.speech.asr import AsrConfig, Recognizer, build_recognizer
-from omni_train.speech.codec import Codec, CodecConfig, Speaker, load_codec, load_voices
+from omni_train.speech.codec import (
+    Codec,
+    CodecConfig,
+    Speaker,
+    check_codebook,
+    find_voice,
+    load_codec,
+    load_voices,
+)
 from omni_train.speech.mel import SAMPLE_RATE_HZ
 from omni_train.speech.pauses import PauseConfig, PauseErrors
 from omni_train.speech.sampling import SampledSpeech, SamplingConfig
@@ -153,13 +161,7 @@ def evaluate_speech(
 
 def _make_judge(name: str, task: SpeechTask, num_codes: int, run: Run) -> _Judge:
     codec, speakers = load_codec(task.codec, run.world.device), load_voices(task.codec)
-    if num_codes != codec.codebook_size:
-        raise ConfigError(
-            key=f"speech.{name}.codec.path",
-            value=f"a codebook of {codec.codebook_size}",
-            rule=f"the Talker has {num_codes} codes",
-            remedy="give the codec that its training data were encoded with",
-        )
+    check_codebook(codec, num_codes, key=f"speech.{name}.codec.path")
     recognizer = build_recognizer(task.asr, str(run.world.device))
     # Where the voice is in the codes, the codec changes it: recordings go through it too.
     voices, accuracy = _read_voices(task.voices, run, codec if speakers is None else None)
@@ -199,7 +201,8 @@ def _judged(
     judge: _Judge, number: int, index_row: IndexRow, text: str, samples: list[SampledSpeech]
 ) -> Iterator[dict[str, Any]]:
     """Yield a JSON-able row for each sample of one text."""
-    voice = _voice(judge, index_row.speaker)
+    place = f"speech.{judge.name}.codec.path"
+    voice = find_voice(judge.speakers, index_row.speaker, key=place)
     for sample, speech in enumerate(samples):
         wave = to_wave(judge.codec, speech.codes, voice)
         score = score_reply(
@@ -219,19 +222,6 @@ def _judged(
         if sample == 0 and number < judge.task.keep_waves and len(wave):
             row["wave"] = _keep(judge, index_row.key, wave)
         yield row
-
-
-def _voice(judge: _Judge, speaker: str) -> Speaker | None:
-    if judge.speakers is None:
-        return None
-    if speaker not in judge.speakers:
-        raise ConfigError(
-            key=f"speech.{judge.name}.codec.path",
-            value=", ".join(sorted(judge.speakers)),
-            rule=f"its decoder has no voice {speaker!r}",
-            remedy="add the voice to its spk_dict.pt",
-        )
-    return judge.speakers[speaker]
 
 
 def _whose(judge: _Judge, speaker: str, wave: Tensor) -> dict[str, Any]:

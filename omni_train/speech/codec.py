@@ -149,6 +149,49 @@ def load_voices(config: CodecConfig) -> dict[str, Speaker] | None:
     return load_speakers(Path(config.path) / SPEAKERS_FILE)
 
 
+def find_voice(voices: dict[str, Speaker] | None, name: str, *, key: str) -> Speaker | None:
+    """Return the voice that a codec speaks in; None where the voice is in its codes.
+
+    Args:
+        voices: of `load_voices`.
+        name: of the speaker.
+        key: setting that names the codec, for the message.
+
+    Raises:
+        ConfigError: the decoder has no such voice.
+    """
+    if voices is None:
+        return None
+    if name not in voices:
+        raise ConfigError(
+            key=key,
+            value=", ".join(sorted(voices)),
+            rule=f"its decoder has no voice {name!r}",
+            remedy="add the voice to its spk_dict.pt",
+        )
+    return voices[name]
+
+
+def check_codebook(codec: Codec, num_codes: int, *, key: str) -> None:
+    """Refuse a codec that is not the model's.
+
+    Args:
+        codec: that decodes what the model samples.
+        num_codes: of the model.
+        key: setting that names the codec, for the message.
+
+    Raises:
+        ConfigError: they have different numbers of codes.
+    """
+    if num_codes != codec.codebook_size:
+        raise ConfigError(
+            key=key,
+            value=f"a codebook of {codec.codebook_size}",
+            rule=f"the Talker has {num_codes} codes",
+            remedy="give the codec that its training data were encoded with",
+        )
+
+
 def arriving(codes: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
     """Yield all codes int64 [T] so far after each piece, and whether more may come.
 

@@ -1,0 +1,1 @@
+"""Preferences over spoken replies: sampled candidates, their scores, reference probabilities."""
