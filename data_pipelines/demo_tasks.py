@@ -181,7 +181,11 @@ def plan_caption(recipe: Recipe) -> Iterator[SamplePlan]:
 
 
 def plan_av(recipe: Recipe) -> Iterator[SamplePlan]:
-    """Clips; 24 in a row have every frame rate with every layout of the sound."""
+    """Clips; 24 in a row have every frame rate with every layout of the sound.
+
+    A training clip is asked everything there is to ask of it, in turns; a held-out one is asked one
+    thing, so that no earlier turn gives anything away.
+    """
     rng = recipe.rng("av")
     for number, key in enumerate(recipe.keys("av")):
         plan = plan_clip(
@@ -194,9 +198,16 @@ def plan_av(recipe: Recipe) -> Iterator[SamplePlan]:
         )
         names = [slot.scene.name for slot in plan.slots]
         heard = [(said.word, names[said.slot]) for said in plan.spoken if said.slot >= 0]
-        kind, prompt, answer = _clip_question(key, rng, names, [s.word for s in plan.spoken], heard)
-        messages = [user_message(("video", "0.mp4"), prompt), reply_message(answer)]
-        meta = {"question": kind, **_schedule(plan)}
+        kinds = _clip_kinds(heard)
+        rng.shuffle(kinds)
+        asked = kinds if recipe.split is Split.train else kinds[:1]
+        messages: list[dict[str, Any]] = []
+        for kind in asked:
+            words = [s.word for s in plan.spoken]
+            prompt, answer = _clip_question(key, kind, rng, names, words, heard)
+            clip = [] if messages else [("video", "0.mp4")]
+            messages += [user_message(*clip, prompt), reply_message(answer)]
+        meta = {"questions": asked, **_schedule(plan)}
         yield SamplePlan(key, sample_record(messages, "av", meta, plan.voice), {"0.mp4": plan})
 
 
@@ -348,27 +359,37 @@ def _text_clip(key: str, rng: random.Random, recipe: Recipe) -> SamplePlan:
         parts.append(f"{seen} {stutter((said[place],), rng)}" if place in said else seen)
     names = [scene.name for scene in shown]
     heard = [(word, names[place]) for place, word in said.items()]
-    kind, prompt, answer = _clip_question(key, rng, names, list(words), heard)
+    kind = rng.choice(_clip_kinds(heard))
+    prompt, answer = _clip_question(key, kind, rng, names, list(words), heard)
     messages = [user_message(f"{', '.join(parts)}\n{prompt}"), reply_message(answer)]
     meta = {
-        "question": kind,
+        "questions": [kind],
         "words": [" ".join(words)] if words else [],
         "scenes": [_content(scene) for scene in shown],
     }
     return SamplePlan(key, sample_record(messages, "text_clip", meta))
 
 
+def _clip_kinds(heard: list[tuple[str, str]]) -> list[str]:
+    """Kinds of questions that a clip can be asked."""
+    return ["shown", "said", "when"] if heard else ["shown", "said"]
+
+
 def _clip_question(
-    key: str, rng: random.Random, names: list[str], words: list[str], heard: list[tuple[str, str]]
-) -> tuple[str, str, str]:
-    """Return kind, prompt and answer; `heard` pairs words with the shape shown meanwhile."""
-    kind = rng.choice(("shown", "said", "when") if heard else ("shown", "said"))
+    key: str,
+    kind: str,
+    rng: random.Random,
+    names: list[str],
+    words: list[str],
+    heard: list[tuple[str, str]],
+) -> tuple[str, str]:
+    """Return prompt and answer; `heard` pairs words with the shape shown meanwhile."""
     if kind == "shown":
-        return kind, pick(SHOWN_PROMPTS, key), ", ".join(names)
+        return pick(SHOWN_PROMPTS, key), ", ".join(names)
     if kind == "said":
-        return kind, pick(SAID_PROMPTS, key), " ".join(words) or NOTHING_SAID
+        return pick(SAID_PROMPTS, key), " ".join(words) or NOTHING_SAID
     word, name = rng.choice(heard)
-    return kind, pick(WHEN_PROMPTS, key).format(word=word), name
+    return pick(WHEN_PROMPTS, key).format(word=word), name
 
 
 def _schedule(plan: ClipPlan) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from omni_train.engine.deepspeed import build_engine
 from omni_train.engine.fit import fit
 from omni_train.engine.run import start_run
 from omni_train.evaluation.heldout import HeldoutConfig, check_heldout, heldout_every
-from omni_train.models.build import build_for_training, format_build_report, needs_weights
-from omni_train.models.groups import THINKER_GROUPS, format_group_table, select_groups
+from omni_train.models.build import build_for_training, needs_weights, report_model
+from omni_train.models.groups import THINKER_GROUPS, select_groups
 from omni_train.objectives.next_token import next_token
 
 
@@ -62,7 +62,7 @@ def main(raw: DictConfig) -> None:
         tokenizer = load_tokenizer(cfg.model.tokenizer)
         model = build_for_training(cfg.model, tokenizer, cfg.deepspeed, seed=cfg.run.seed)
         groups = select_groups(model, cfg.optim, trained=THINKER_GROUPS)
-        run.say(format_build_report(model.report), format_group_table(groups))
+        report_model(model.report, groups, run)
         loader = build_loader(cfg.data, tokenizer, model.spec, run)
         every = heldout_every(cfg.heldout, cfg.data, tokenizer, model.spec, run)
         engine = build_engine(model, groups, cfg.optim, cfg.deepspeed)

@@ -6,6 +6,7 @@ released model and the tiny one. Nothing here renders dialogues; that is `chatml
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -63,6 +64,43 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
     core.add_special_tokens(special)
     return PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token=CHAT_TOKENS["im_end"], pad_token=END_OF_TEXT
+    )
+
+
+def rename_tokens(
+    tokenizer: PreTrainedTokenizerFast, tokens: SpecialTokens
+) -> PreTrainedTokenizerFast:
+    """Return a Qwen2.5 tokenizer with the names of Qwen2.5-Omni's at the ids of `tokens`.
+
+    The ids exist in Qwen2.5, some under names of their own (RECIPE.md section 4); its model has a
+    row for each. Everything else stays.
+
+    Args:
+        tokenizer: Qwen2.5's, or one that has been renamed before.
+        tokens: ids of the chat and media tokens.
+
+    Raises:
+        ConfigError: an id is no special token of this tokenizer, or a name stands at another id.
+    """
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = {entry["id"]: entry for entry in core["added_tokens"]}
+    vocab = tokenizer.get_vocab()
+    for name, token in CHAT_TOKENS.items():
+        wanted = getattr(tokens, name)
+        if wanted not in added or vocab.get(token, wanted) != wanted:
+            raise ConfigError(
+                key="tokenizer",
+                value=tokenizer.name_or_path,
+                rule=f"{token} belongs at id {wanted}, which is no special token of it"
+                if wanted not in added
+                else f"{token} stands at {vocab[token]} and belongs at {wanted}",
+                remedy="give the tokenizer of Qwen2.5",
+            )
+        added[wanted]["content"] = token
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(core)),
+        eos_token=CHAT_TOKENS["im_end"],
+        pad_token=END_OF_TEXT,
     )
 
 

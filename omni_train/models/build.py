@@ -7,8 +7,9 @@ holds more than one module whole. A fresh tensor's values depend on the seed and
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,8 +28,11 @@ from omni_train.engine.deepspeed import (
     import_deepspeed,
     zero_init_json,
 )
+from omni_train.engine.groups import ParamGroup
+from omni_train.engine.run import Run
 from omni_train.models.config import ModelConfig
-from omni_train.models.groups import THINKER_GROUPS, UNUSED, group_of
+from omni_train.models.groups import THINKER_GROUPS, UNUSED, format_group_table, group_of
+from omni_train.models.parts import PartSource, part_sources
 from omni_train.models.presets import (
     model_spec,
     resolve_config,
@@ -76,7 +80,8 @@ def build_thinker(
         thinker = Qwen2_5OmniThinkerForConditionalGeneration(config.thinker_config)
         model = ThinkerForTraining(thinker)
     model.spec = model_spec(config.thinker_config, tokenizer)
-    sources = _sources(model, model_config)
+    parts = part_sources(model_config.parts, config.thinker_config)
+    sources = _sources(model, model_config, parts=parts.by_group)
     _check_rope(model_config, sources.get(TEXT_TABLE))
     model.report = materialise(
         model,
@@ -85,6 +90,7 @@ def build_thinker(
         dtype=dtype,
         zero3_config=zero3_config,
     )
+    model.report.fresh = parts.fresh
     return model
 
 
@@ -248,7 +254,10 @@ def materialise(
             if value is None:
                 report.initialised.append(names[key])
             else:
-                report.loaded[names[key]] = sources[names[key]].path
+                source = sources[names[key]]
+                report.loaded[names[key]] = source.path
+                if isinstance(source, PartSource) and (note := source.note(names[key])):
+                    report.converted[names[key]] = note
         if zero3_config is not None and names:
             _partition(module, zero3_config)
     for source in {id(source): source for source in sources.values()}.values():
@@ -259,13 +268,14 @@ def materialise(
 def format_build_report(report: BuildReport) -> str:
     """Return a few lines: tensors by origin and group, and by name what no source gave."""
     counts: dict[tuple[str, str], int] = {}
-    for name, path in report.loaded.items():
-        key = (group_of(name), f"loaded from {path}")
-        counts[key] = counts.get(key, 0) + 1
-    for name in report.initialised:
-        key = (group_of(name), "initialised")
+    for name, how in report.origins().items():
+        text = f"loaded from {report.loaded[name]}" if name in report.loaded else "initialised"
+        if how.startswith("converted"):
+            text += f", {report.converted[name]}"
+        key = (group_of(name), text)
         counts[key] = counts.get(key, 0) + 1
     lines = [f"{group:<18} {count:>5} tensors {how}" for (group, how), count in counts.items()]
+    lines += [f"starts afresh: {why}" for why in report.fresh]
     if report.loaded and report.initialised:
         lines += [f"not in any source: {name}" for name in report.initialised]
     for path, names in report.unused.items():
@@ -277,10 +287,17 @@ def format_build_report(report: BuildReport) -> str:
     return "\n".join(lines)
 
 
+def report_model(report: BuildReport, groups: Sequence[ParamGroup], run: Run) -> None:
+    """Say where the weights came from and what is trained; the event names every tensor."""
+    run.say(format_build_report(report), format_group_table(list(groups)))
+    run.event("weights", tensors=report.origins(), sources=sorted(set(report.loaded.values())))
+
+
 def _sources(
     model: nn.Module,
     config: ModelConfig,
     *,
+    parts: Mapping[str, WeightSource] = MappingProxyType({}),
     skipped: Collection[str] = (),
     spec: TalkerSpec | None = None,
 ) -> dict[str, WeightSource]:
@@ -288,6 +305,7 @@ def _sources(
 
     Args:
         model, config: what is filled, and from where.
+        parts: sources by group; those of `config` go before them.
         skipped: groups that no source fills.
         spec: of a Talker, whose rows may have to be cut out of the Thinker's table.
     """
@@ -297,7 +315,7 @@ def _sources(
         return source if spec is None else TalkerRowsSource(source, spec)
 
     base = opened(config.init_from) if config.init_from else None
-    by_group = {group: opened(path) for group, path in config.init_groups.items()}
+    by_group = dict(parts) | {group: opened(path) for group, path in config.init_groups.items()}
     names = [name for name, _ in model.named_parameters()]
     groups = sorted({group_of(name) for name in names} - {UNUSED})
     for group, path in config.init_groups.items():

@@ -66,6 +66,21 @@ class TinySizes:
 
 
 @dataclass(kw_only=True, slots=True)
+class ModelParts:
+    """Directories that a Thinker is put together from; their config.json decide its sizes.
+
+    Args:
+        llm: of Qwen2.5; needed where another part is given.
+        vision: of Qwen2.5-VL, whose vision tower is taken; empty starts one of the preset's size.
+        audio: of Whisper, whose encoder is taken; empty likewise.
+    """
+
+    llm: str = ""
+    vision: str = ""
+    audio: str = ""
+
+
+@dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """Which model is trained and where its weights come from.
 
@@ -74,8 +89,10 @@ class ModelConfig:
         tokenizer: directory of a saved tokenizer.
         init_from: directory with the weights to start from: a checkpoint, a run, or safetensors
             in the layout of Qwen2.5-Omni; empty starts from a seeded random initialisation.
+        parts: build from these instead of `init_from`, for the first stages of a real run.
         init_groups: other directory for the weights of a parameter group, by group name, for
-            example the vision groups of the vision stage; goes before `init_from`.
+            example the vision groups of the vision stage; goes before `init_from`
+            and `parts`.
         tiny: sizes of the `tiny` preset.
         speakers: token of the tokenizer by the name that the data use for a voice; empty takes the
             release's two, or for `tiny` its speaker tokens under their own names.
@@ -88,6 +105,7 @@ class ModelConfig:
     preset: ModelPreset = ModelPreset.tiny
     tokenizer: str
     init_from: str = ""
+    parts: ModelParts = field(default_factory=ModelParts)
     init_groups: dict[str, str] = field(default_factory=dict)
     tiny: TinySizes = field(default_factory=TinySizes)
     speakers: dict[str, str] = field(default_factory=dict)
@@ -95,6 +113,14 @@ class ModelConfig:
     rope_theta: float | None = None
 
     def __post_init__(self) -> None:
+        given = [name for name in ("llm", "vision", "audio") if getattr(self.parts, name)]
+        if given and (self.init_from or not self.parts.llm):
+            raise ConfigError(
+                key="model.parts",
+                value=given,
+                rule="parts are put together around a language model, instead of init_from",
+                remedy="give model.parts.llm, and leave model.init_from out",
+            )
         if self.rope_theta is not None and self.rope_theta <= 1.0:
             raise ConfigError(
                 key="model.rope_theta",

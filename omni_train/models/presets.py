@@ -26,6 +26,7 @@ from omni_train.config.errors import ConfigError
 from omni_train.data.tokenizer import SPEAKER_TOKENS, TTS_TOKENS, special_tokens
 from omni_train.data.types import ModelSpec, SpecialTokens
 from omni_train.models.config import TINY_HEAD_DIM, ModelConfig, ModelPreset, TinySizes
+from omni_train.models.parts import use_part_sizes
 from omni_train.models.talker_layout import TalkerSpec
 
 # Qwen2.5-Omni's rotary base and the split of half a head over time, height and width.
@@ -133,12 +134,15 @@ def build_config(
 def resolve_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5OmniConfig:
     """Return the config of `model`: the `config.json` beside its weights, or else the preset's.
 
+    With parts, the preset's with their sizes.
+
     Raises:
         ConfigError: the file cannot be read, or does not go with the tokenizer.
     """
     path = Path(model.init_from) / "config.json" if model.init_from else None
     if path is None or not path.is_file():
         config = build_config(model.preset, tokenizer, model.tiny)
+        use_part_sizes(config.thinker_config, model.parts)
     else:
         config = read_config(path)
         model_spec(config.thinker_config, tokenizer)

@@ -24,6 +24,7 @@ INDEX_FILE = "model.safetensors.index.json"
 _OTHER_PARTS = ("talker.", "token2wav.")
 _TOWERS = ("audio_tower.", "visual.")
 _TEXT = ("layers.", "embed_tokens.", "norm.")
+LM_HEAD = "thinker.lm_head.weight"
 TEXT_TABLE = "thinker.model.language_model.embed_tokens.weight"
 TEXT_ROWS = "talker.text_rows.weight"
 SPEAKER_ROWS = "talker.speaker_rows.weight"
@@ -35,13 +36,23 @@ class BuildReport:
 
     Args:
         loaded: path of the source by parameter name.
+        converted: what was done to a loaded one on the way, by parameter name.
         initialised: parameters that were filled at random (or with ones and zeros).
         unused: tensors of the sources that the model has no place for, by source path.
+        fresh: why groups start afresh although the model is built from parts.
     """
 
     loaded: dict[str, str] = field(default_factory=dict)
+    converted: dict[str, str] = field(default_factory=dict)
     initialised: list[str] = field(default_factory=list)
     unused: dict[str, list[str]] = field(default_factory=dict)
+    fresh: list[str] = field(default_factory=list)
+
+    def origins(self) -> dict[str, str]:
+        """Return of every tensor whether it was loaded, converted (and how), or is new."""
+        how = dict.fromkeys(self.loaded, "loaded")
+        how |= {name: f"converted: {note}" for name, note in self.converted.items()}
+        return how | dict.fromkeys(self.initialised, "new")
 
 
 class WeightSource(Protocol):
@@ -76,34 +87,28 @@ def canonical_name(name: str) -> str:
     return f"thinker.{rest}"
 
 
-class SafetensorsSource:
-    """Weights in the safetensors files of one directory, sharded or not.
+class StoredTensors:
+    """The safetensors files of one directory, sharded or not, by the names in the files.
 
     Args:
         path: the directory.
 
     Raises:
-        ConfigError: no safetensors file, an index that names other places, or two tensors that
-            mean the same one.
+        ConfigError: no safetensors file, or an index that names other places.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self._files: dict[str, Any] = {}
-        self._places: dict[str, tuple[str, str]] = {}
-        for stored, file in _stored_tensors(Path(path)):
-            name = canonical_name(stored)
-            if name in self._places:
-                raise _unusable(path, f"{stored} and {self._places[name][1]} are the same tensor")
-            self._places[name] = (file, stored)
+        self._places = dict(_stored_tensors(Path(path)))
 
     def names(self) -> set[str]:
-        """Return the canonical names of all tensors."""
+        """Return the names of all tensors."""
         return set(self._places)
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, stored: str) -> Tensor:
         """Read one tensor from its file."""
-        file, stored = self._places[name]
+        file = self._places[stored]
         if file not in self._files:
             self._files[file] = _open(Path(self.path) / file)
         try:
@@ -111,6 +116,35 @@ class SafetensorsSource:
         except SafetensorError as error:
             raise _unusable(self.path, f"{file} does not hold {stored} ({error})") from error
         return tensor
+
+
+class SafetensorsSource:
+    """Weights of Qwen2.5-Omni in safetensors files, in any of its layouts.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        ConfigError: as `StoredTensors`, or two tensors mean the same one.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._stored = StoredTensors(path)
+        self._places: dict[str, str] = {}
+        for stored in sorted(self._stored.names()):
+            name = canonical_name(stored)
+            if name in self._places:
+                raise _unusable(path, f"{stored} and {self._places[name]} are the same tensor")
+            self._places[name] = stored
+
+    def names(self) -> set[str]:
+        """Return the canonical names of all tensors."""
+        return set(self._places)
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor from its file."""
+        return self._stored.tensor(self._places[name])
 
 
 class CheckpointSource:
@@ -216,7 +250,9 @@ def _stored_tensors(directory: Path) -> list[tuple[str, str]]:
             if Path(file).name != file or not (directory / file).is_file():
                 raise _unusable(str(directory), f"{name} should be in {file!r}, which is not there")
         return pairs
-    files = sorted(directory.glob("*.safetensors"))
+    # Some releases keep the same weights in another precision beside it.
+    alone = directory / "model.safetensors"
+    files = [alone] if alone.is_file() else sorted(directory.glob("*.safetensors"))
     if not files:
         raise _unusable(str(directory), "there is no safetensors file in it")
     return [(name, file.name) for file in files for name in _names(file)]
