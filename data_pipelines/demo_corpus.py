@@ -94,7 +94,7 @@ def _default_subsets() -> dict[str, SubsetConfig]:
         "text": SubsetConfig(train=3000, heldout=200),
         "asr": SubsetConfig(train=4000, heldout=120),
         "caption": SubsetConfig(train=4000, heldout=120),
-        "av": SubsetConfig(train=200, heldout=48),
+        "av": SubsetConfig(train=1500, heldout=96),
         "dialogue": SubsetConfig(train=150, heldout=40),
         "speech": SubsetConfig(train=4000, heldout=120),
     }

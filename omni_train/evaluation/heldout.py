@@ -3,7 +3,7 @@
 Nothing is decoded, so it runs on the model that trains, under ZeRO-3 too: packs in the order of the
 index, as many micro-steps on every rank. A reply whose every token is the most probable one given
 the reference before it is the reply that greedy decoding gives, so `exact_match` is that of greedy
-decoding without its cost. Decoded scores are the recipe `evaluate`'s.
+decoding without its cost; of a dialogue all replies must be. Decoded scores are `evaluate`'s.
 """
 
 from __future__ import annotations

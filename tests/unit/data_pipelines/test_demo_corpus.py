@@ -212,20 +212,34 @@ def test_clips_show_and_say_what_the_schedule_says(corpus: Path) -> None:
 
 def test_answers_about_clips_follow_from_the_schedule(corpus: Path) -> None:
     kinds = Counter()
-    for record in records(corpus, "train", "av") + records(corpus, "heldout", "av"):
-        meta = record["meta"]
-        names = [f"{slot['color']} {slot['shape']}" for slot in meta["slots"]]
-        kinds[meta["question"], meta["sound"] == "none"] += 1
-        if meta["question"] == "shown":
-            assert reply(record) == ", ".join(names)
-        elif meta["question"] == "said":
-            assert reply(record) == (meta["words"][0] if meta["words"] else "nothing is said")
-        else:
-            prompt = record["messages"][0]["content"][1]["text"]
-            said = [s for s in meta["spoken"] if f" {s['word']}" in prompt]
-            assert [names[s["slot"]] for s in said] == [reply(record)]
-    assert {kind for kind, _ in kinds} == {"shown", "said", "when"}
-    assert kinds["said", True] > 0
+    for split in ("train", "heldout"):
+        for record in records(corpus, split, "av"):
+            meta = record["meta"]
+            # A held-out clip is asked one thing: no earlier turn gives its answer away.
+            assert len(meta["questions"]) == (
+                1 if split == "heldout" else len(set(meta["questions"]))
+            )
+            assert len(record["messages"]) == 2 * len(meta["questions"])
+            for turn, kind in enumerate(meta["questions"]):
+                kinds[split, kind, meta["sound"] == "none"] += 1
+                prompt, answer = record["messages"][2 * turn : 2 * turn + 2]
+                check_answer(
+                    meta, kind, prompt["content"][-1]["text"], answer["content"][0]["text"]
+                )
+    for split in ("train", "heldout"):
+        assert {kind for side, kind, _ in kinds if side == split} == {"shown", "said", "when"}
+        assert kinds[split, "said", True] > 0
+
+
+def check_answer(meta: dict[str, Any], kind: str, prompt: str, answer: str) -> None:
+    names = [f"{slot['color']} {slot['shape']}" for slot in meta["slots"]]
+    if kind == "shown":
+        assert answer == ", ".join(names)
+    elif kind == "said":
+        assert answer == (meta["words"][0] if meta["words"] else "nothing is said")
+    else:
+        said = [s for s in meta["spoken"] if f" {s['word']}" in prompt]
+        assert [names[s["slot"]] for s in said] == [answer]
 
 
 def test_wordings_vary_and_follow_from_the_key(corpus: Path) -> None:

@@ -32,6 +32,23 @@ def test_head_equals_log_softmax(monkeypatch: pytest.MonkeyPatch, chunk: int) ->
     torch.testing.assert_close(got, (hidden.grad, head.weight.grad), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [16, 8192])
+def test_head_says_where_the_target_is_the_most_probable(
+    monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(thinker_module, "LOGPROB_CHUNK", chunk)
+    torch.manual_seed(2)
+    head = LogProbHead(24, 130, bias=False)
+    nn.init.normal_(head.weight)
+    hidden = torch.randn(60, 24)
+    best = head(hidden).argmax(dim=-1)
+    assert best.max() > 112, "the last tile has a winner too"
+    targets = torch.where(torch.arange(60) % 3 == 0, (best + 1) % 130, best)
+    logprobs, right = head(hidden, targets, score=True)
+    assert torch.equal(logprobs, head(hidden, targets))
+    assert torch.equal(right, (torch.arange(60) % 3 != 0).float())
+
+
 def test_head_gives_logits_without_targets() -> None:
     head = LogProbHead(8, 20, bias=False)
     hidden = torch.randn(2, 3, 8)
