@@ -20,6 +20,26 @@ from omni_train.data.types import MediaKind
 from omni_train.speech.codec import CODES_SUFFIX
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
+# The same format for transformers' `apply_chat_template`, as an exported tokenizer carries it. A
+# medium is one placeholder between its marks, which transformers' processor then repeats; the marks
+# of a clip's sound are the processor's too.
+CHAT_TEMPLATE = (
+    "{%- for turn in messages %}"
+    "{%- if loop.first and turn['role'] != 'system' %}"
+    f"{{{{- '<|im_start|>system\\n{DEFAULT_SYSTEM}<|im_end|>\\n' }}}}"
+    "{%- endif %}"
+    "{{- '<|im_start|>' + turn['role'] + '\\n' }}"
+    "{%- if turn['content'] is string %}{{- turn['content'] }}"
+    "{%- else %}{%- for item in turn['content'] %}"
+    "{%- if item['type'] == 'text' %}{{- item['text'] }}"
+    "{%- elif item['type'] == 'image' %}{{- '<|vision_bos|><|IMAGE|><|vision_eos|>' }}"
+    "{%- elif item['type'] == 'audio' %}{{- '<|audio_bos|><|AUDIO|><|audio_eos|>' }}"
+    "{%- elif item['type'] == 'video' %}{{- '<|vision_bos|><|VIDEO|><|vision_eos|>' }}"
+    "{%- endif %}{%- endfor %}{%- endif %}"
+    "{{- '<|im_end|>\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
 ROLES = ("system", "user", "assistant")
 # Type of the item that says how a turn is spoken; it has no place among the ids.
 SPEECH = "speech"
@@ -27,10 +47,11 @@ SPEECH = "speech"
 
 @dataclass(frozen=True, slots=True)
 class TextPiece:
-    """Ids of text and chat tokens; `supervised` where the loss reads them."""
+    """Ids of text and chat tokens; `supervised` where the loss reads them, times `weight`."""
 
     ids: list[int]
     supervised: bool
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +93,8 @@ def render(
     """Turn a dialogue into text pieces and media pieces, in order.
 
     Supervised are the content of every assistant turn and its `<|im_end|>`. What is supervised is
-    tokenised apart from its prompt, as it is when the model generates it.
+    tokenised apart from its prompt, as it is when the model generates it. An assistant turn may
+    have a `weight`, by which the loss of its tokens is multiplied; with 0 it is context alone.
 
     Args:
         messages: turns with `role` and `content`, a string or a list of items
@@ -97,15 +119,16 @@ def render(
         role = turn.get("role")
         if role not in ROLES or (role == "system" and number > 0):
             raise DataError("bad_messages", f"turn {number} has role {role!r}")
-        supervised = role == "assistant"
+        weight = _weight_of(turn, number)
+        supervised = weight > 0
         header = f"{role}\n"
         pieces.append(TextPiece([start], supervised=False))
-        if supervised:
+        if role == "assistant":
             pieces.append(TextPiece(encode_text(tokenizer, header), supervised=False))
             header = ""
         for item in _items(turn.get("content"), number):
             if isinstance(item, str):
-                pieces.append(TextPiece(encode_text(tokenizer, header + item), supervised))
+                pieces.append(TextPiece(encode_text(tokenizer, header + item), supervised, weight))
                 header = ""
                 continue
             if header:
@@ -114,11 +137,21 @@ def render(
             pieces.append(item)
         if header:
             pieces.append(TextPiece(encode_text(tokenizer, header), supervised=False))
-        pieces.append(TextPiece([end], supervised))
+        pieces.append(TextPiece([end], supervised, weight))
         pieces.append(TextPiece(newline, supervised=False))
     if add_generation_prompt:
         pieces.append(TextPiece([start, *encode_text(tokenizer, "assistant\n")], supervised=False))
     return pieces
+
+
+def _weight_of(turn: Mapping[str, Any], number: int) -> float:
+    """Factor of the loss of a turn; 0 for turns that are not the assistant's."""
+    weight = turn.get("weight", 1.0)
+    if "weight" in turn and turn.get("role") != "assistant":
+        raise DataError("bad_messages", f"turn {number} has a weight and is not the assistant's")
+    if not _is_finite(weight) or weight < 0:
+        raise DataError("bad_messages", f"turn {number} has weight {weight!r}, not a number >= 0")
+    return float(weight) if turn.get("role") == "assistant" else 0.0
 
 
 def _items(content: Any, number: int) -> list[str | MediaPiece]:

@@ -50,9 +50,8 @@ def collate(
         positions = torch.zeros(3, 1, dtype=torch.long)
     restart = torch.cat([torch.arange(n) for n in lengths])
     position_ids = torch.cat([restart[None], positions])[:, None, :]
-    target_index, target_ids, document_targets = _targets(samples)
+    target_index, target_ids, weights, document_targets = _targets(samples)
     num_targets = sum(document_targets)
-    weights = torch.full((target_ids.numel(),), 1.0 if num_targets else 0.0)
     kinds, kind_targets, target_kind = _kinds(samples, document_targets)
     patches, grid_thw, vision_index = _vision(samples, input_ids, spec)
     mel, mel_lengths, audio_index = _audio(samples, input_ids, spec)
@@ -84,22 +83,25 @@ def collate(
     )
 
 
-def _targets(samples: list[EncodedSample]) -> tuple[Tensor, Tensor, list[int]]:
-    """Positions that predict, ids to predict, and how many of each document.
+def _targets(samples: list[EncodedSample]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Positions that predict, ids to predict, their weights, and how many of each document.
 
-    One dummy where there are none.
+    One dummy of weight 0 where there are none.
     """
-    index, ids, start = [], [], 0
+    index, ids, weights, start = [], [], [], 0
     for sample in samples:
         # The first token of a document has no predecessor of its own document to predict it.
         supervised = torch.nonzero(sample.labels[1:] != IGNORE_INDEX).squeeze(1)
         index.append(start + supervised)
         ids.append(sample.labels[1:][supervised])
+        factors = sample.label_weights
+        weights.append(torch.ones(len(supervised)) if factors is None else factors[1:][supervised])
         start += sample.num_tokens
     counts = [part.numel() for part in ids]
     if not sum(counts):
-        return torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), counts
-    return torch.cat(index), torch.cat(ids), counts
+        none = torch.zeros(1, dtype=torch.long)
+        return none, none.clone(), torch.zeros(1), counts
+    return torch.cat(index), torch.cat(ids), torch.cat(weights), counts
 
 
 def _kinds(

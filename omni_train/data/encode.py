@@ -226,6 +226,7 @@ def _assemble(parts: _Parts, raw: RawSample) -> EncodedSample:
     )
     ids: list[Int64Array] = []
     labels: list[Int64Array] = []
+    weights: list[NDArray[np.float32]] = []
     for span, text, is_audio in zip(parts.spans, parts.texts, rope.is_audio, strict=True):
         if text is not None:
             ids.append(np.asarray(text.ids, dtype=np.int64))
@@ -233,6 +234,9 @@ def _assemble(parts: _Parts, raw: RawSample) -> EncodedSample:
             ids.append(_span_ids(span, is_audio, spec))
         supervised = text is not None and text.supervised
         labels.append(ids[-1] if supervised else np.full_like(ids[-1], IGNORE_INDEX))
+        weight = text.weight if text is not None and supervised else 1.0
+        weights.append(np.full(len(ids[-1]), weight, dtype=np.float32))
+    factors = torch.from_numpy(np.concatenate(weights))
     side = 3 * spec.temporal_patch_size * spec.patch_size**2
     media = [span for span in parts.spans if not isinstance(span, TextSpan)]
     return EncodedSample(
@@ -246,6 +250,7 @@ def _assemble(parts: _Parts, raw: RawSample) -> EncodedSample:
         mel_lengths=torch.tensor([mel.shape[1] for mel in parts.mels], dtype=torch.int64),
         task=raw.row.task,
         modality="+".join(sorted({_MODALITIES[type(s)] for s in media})) or "text",
+        label_weights=None if bool((factors == 1).all()) else factors,
     )
 
 

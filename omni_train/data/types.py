@@ -245,6 +245,7 @@ class EncodedSample:
         task: task name, for metrics.
         modality: media of the dialogue, for metrics: `text` without any, else the kinds of media
             spans in it (image, video, audio, audio_video), sorted and joined by `+`.
+        label_weights: float32 [T], factor of each label's loss; None where all are 1.
     """
 
     key: str
@@ -257,6 +258,7 @@ class EncodedSample:
     mel_lengths: Tensor
     task: str = ""
     modality: str = "text"
+    label_weights: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -278,7 +280,8 @@ class Batch:
         segments: one for each document; their lengths add up to T.
         target_index: int64 [N], positions t whose hidden state predicts `target_ids`.
         target_ids: int64 [N].
-        target_weights: float32 [N]; 0 only for the dummy target of a pack without supervision.
+        target_weights: float32 [N], positive; 0 only for the dummy target of a pack without
+            supervision.
         num_target_tokens: supervised tokens of the pack (0 with the dummy).
         patches: uint8 [P, 3 * temporal_patch_size * patch_size ** 2].
         grid_thw: int64 [num_visuals, 3].

@@ -26,14 +26,19 @@ from torch import Tensor, nn
 from omni_train.engine import checkpoint_files as files
 from omni_train.engine import shards
 from omni_train.engine.checkpoint_files import CheckpointError, FileRecord, Manifest, Problem
-from omni_train.engine.checkpoint_reader import FROZEN, MASTER, CheckpointReader, slice_key
+from omni_train.engine.checkpoint_reader import (
+    FROZEN,
+    MASTER,
+    STATE,
+    CheckpointReader,
+    slice_key,
+)
 from omni_train.engine.deepspeed import Engine
 from omni_train.engine.distributed import barrier, gather_json, get_world, sum_over_ranks
 from omni_train.engine.exit_codes import ExitCode, RunError, exit_code_of
 from omni_train.engine.hashing import update_with_tensor
 from omni_train.engine.run import Run, log
 
-STATE = "state.json"
 # Room for JSON and file system overhead when free space is compared with what will be written.
 _SPACE_MARGIN = 1.05
 
@@ -83,7 +88,8 @@ def save_checkpoint(
         if world.rank == 0:
             state = {"step": engine.step, "optimizer_steps": steps, "loader": loader_state}
             written.append(temporary / STATE)
-            written[2].write_text(json.dumps({**state, "metrics": metrics}), encoding="utf-8")
+            state |= {"metrics": metrics, "notes": engine.notes}
+            written[2].write_text(json.dumps(state), encoding="utf-8")
         for path in written:
             files.fsync(path)
         return {path.name: files.record_of(path) for path in written}
@@ -336,6 +342,8 @@ def _check_same_parameters(engine: Engine, reader: CheckpointReader) -> None:
         raise CheckpointError(
             f"{reader.path}: name, shape or trainable flag differ for {wrong[:5]}"
         )
+    if reader.notes() != engine.notes:
+        raise CheckpointError(f"{reader.path}: was written with {reader.notes()}")
 
 
 def rng_state() -> dict[str, Any]:

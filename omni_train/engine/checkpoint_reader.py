@@ -6,6 +6,7 @@ checkpoint.py's.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from omni_train.engine.checkpoint_files import (
     verify_checkpoint,
 )
 
+STATE = "state.json"
 MASTER = "master"
 FROZEN = "frozen"
 
@@ -78,6 +80,17 @@ class CheckpointReader:
                 self._slices.setdefault((kind, name), []).append(piece)
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{path}: {error}") from None
+
+    def notes(self) -> dict[str, Any]:
+        """Return what the run said of its model besides the tensors (`Engine.notes`)."""
+        path = self.path / STATE
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")).get("notes", {})
+        except (OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{path}: notes are {found!r}")
+        return found
 
     def names(self) -> list[str]:
         """Return the names of all parameters, frozen ones too."""

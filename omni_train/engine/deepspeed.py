@@ -76,12 +76,14 @@ class Engine:
         groups: all groups, frozen ones too, in a fixed order.
         optim: the optimiser's settings.
         step: global steps done so far, skipped ones included.
+        notes: what a reader of a checkpoint must know of the model besides its tensors, as JSON.
         frozen_hash: of the frozen weights, once a checkpoint has needed it; they do not change.
     """
 
     model: Any
     groups: list[ParamGroup]
     optim: OptimConfig
+    notes: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     frozen_hash: str = ""
     params: dict[str, nn.Parameter] = field(init=False)
@@ -169,7 +171,12 @@ def zero_init_json(config: DeepSpeedConfig) -> dict[str, Any] | None:
 
 
 def build_engine(
-    model: nn.Module, groups: list[ParamGroup], optim: OptimConfig, config: DeepSpeedConfig
+    model: nn.Module,
+    groups: list[ParamGroup],
+    optim: OptimConfig,
+    config: DeepSpeedConfig,
+    *,
+    notes: dict[str, Any] | None = None,
 ) -> Engine:
     """Put `model` under DeepSpeed with AdamW over the trained named groups.
 
@@ -177,6 +184,7 @@ def build_engine(
         model: every parameter must be in exactly one of `groups`.
         groups: see `ParamGroup`; sets `requires_grad` by their `trainable`.
         optim, config: settings.
+        notes: see `Engine`.
 
     Raises:
         ConfigError: a parameter without a group, an empty group, or nothing to train.
@@ -200,7 +208,7 @@ def build_engine(
         dist_init_required=False if get_world().size > 1 else None,
     )
     shards.create_optimizer_state(engine)
-    return Engine(model=engine, groups=groups, optim=optim)
+    return Engine(model=engine, groups=groups, optim=optim, notes=notes or {})
 
 
 def optimizer_groups(trained: list[ParamGroup]) -> list[dict[str, Any]]:

@@ -32,6 +32,13 @@ from omni_train.engine.groups import ParamGroup
 from omni_train.engine.run import Run
 from omni_train.models.config import ModelConfig
 from omni_train.models.groups import THINKER_GROUPS, UNUSED, format_group_table, group_of
+from omni_train.models.lora import (
+    LoraConfig,
+    add_adapters,
+    initialise_adapter,
+    is_adapter,
+    plain_name,
+)
 from omni_train.models.parts import PartSource, part_sources
 from omni_train.models.presets import (
     model_spec,
@@ -62,6 +69,7 @@ def build_thinker(
     seed: int,
     dtype: torch.dtype,
     zero3_config: dict[str, Any] | None = None,
+    lora: LoraConfig | None = None,
 ) -> ThinkerForTraining:
     """Build the Thinker that `model_config` describes; its `report` says where each tensor is from.
 
@@ -71,6 +79,7 @@ def build_thinker(
         seed: of tensors without a source.
         dtype: of the parameters; buffers keep float32.
         zero3_config: the DeepSpeed settings of the run, where ZeRO-3 shards the parameters.
+        lora: adapters to put on; they always start afresh.
 
     Raises:
         ConfigError: a source cannot be read, lacks a tensor or holds one of another shape.
@@ -79,6 +88,8 @@ def build_thinker(
     with torch.device("meta"):
         thinker = Qwen2_5OmniThinkerForConditionalGeneration(config.thinker_config)
         model = ThinkerForTraining(thinker)
+    if lora is not None and lora.rank:
+        add_adapters(model, lora)
     model.spec = model_spec(config.thinker_config, tokenizer)
     parts = part_sources(model_config.parts, config.thinker_config)
     sources = _sources(model, model_config, parts=parts.by_group)
@@ -204,6 +215,7 @@ def build_for_training(
     deepspeed: DeepSpeedConfig,
     *,
     seed: int,
+    lora: LoraConfig | None = None,
 ) -> ThinkerForTraining:
     """Build the Thinker in the run's precision, partitioned from the start under ZeRO-3."""
     return build_thinker(
@@ -212,6 +224,7 @@ def build_for_training(
         seed=seed,
         dtype=DTYPES[deepspeed.precision],
         zero3_config=zero_init_json(deepspeed),
+        lora=lora,
     )
 
 
@@ -261,7 +274,8 @@ def materialise(
         if zero3_config is not None and names:
             _partition(module, zero3_config)
     for source in {id(source): source for source in sources.values()}.values():
-        report.unused[source.path] = sorted(source.names() - set(report.loaded))
+        used = {plain_name(name) for name in report.loaded}
+        report.unused[source.path] = sorted(source.names() - used)
     return report
 
 
@@ -331,9 +345,9 @@ def _sources(
     held = {id(source): source.names() for source in [base, *by_group.values()] if source}
     for name in names:
         source = by_group.get(group_of(name), base)
-        if source is None or group_of(name) in skipped:
+        if source is None or group_of(name) in skipped or is_adapter(name):
             continue
-        if name in held[id(source)]:
+        if plain_name(name) in held[id(source)]:
             sources[name] = source
         elif group_of(name) != UNUSED:
             missing.setdefault(source.path, []).append(name)
@@ -380,7 +394,7 @@ def _load(
 ) -> Tensor | None:
     if name not in sources:
         return None
-    value = sources[name].tensor(name)
+    value = sources[name].tensor(plain_name(name))
     expected = getattr(module, key).shape
     if value.shape != expected:
         raise ConfigError(
@@ -405,10 +419,16 @@ def _initialise(module: nn.Module, owner: PreTrainedModel, *, seed: int, name: s
     """transformers' own initialisation, with a generator state that follows from the name."""
     before = torch.get_rng_state()
     # The default generator alone: torch.manual_seed would also reset those of the devices.
-    torch.default_generator.manual_seed(xxhash.xxh3_64_intdigest(f"{seed}:{name}".encode()) >> 1)
+    # A layer under an adapter keeps the values that it would have without one.
+    known = plain_name(f"{name}.")[:-1]
+    torch.default_generator.manual_seed(xxhash.xxh3_64_intdigest(f"{seed}:{known}".encode()) >> 1)
     try:
         with torch.no_grad():
-            owner._init_weights(module)
+            if is_adapter(name):
+                assert isinstance(module, nn.Linear), f"{name} is {type(module)}"
+                initialise_adapter(module, name)
+            else:
+                owner._init_weights(module)
     finally:
         torch.set_rng_state(before)
 

@@ -34,6 +34,8 @@ _PREFIXES = (
     ("token2wav.", "token2wav"),
 )
 UNUSED = "unused"
+# In the name of every parameter of an adapter (lora.py); those of a group are a group of their own.
+ADAPTED = ".lora_"
 GROUP_NAMES = tuple(dict.fromkeys(group for _, group in _PREFIXES if group != UNUSED))
 THINKER_GROUPS = frozenset(
     group for prefix, group in _PREFIXES if prefix.startswith("thinker.") and group != UNUSED
@@ -52,8 +54,13 @@ def group_of(name: str) -> str:
     """
     for prefix, group in _PREFIXES:
         if name.startswith(prefix):
-            return group
+            return adapter_group(group) if ADAPTED in name else group
     raise KeyError(f"parameter {name} belongs to no group")
+
+
+def adapter_group(group: str) -> str:
+    """Return the name of the group of a group's adapters: `llm_lora`."""
+    return f"{group}_lora"
 
 
 def select_groups(

@@ -17,6 +17,7 @@ from torch import Tensor
 from omni_train.config.errors import ConfigError
 from omni_train.engine.checkpoint_files import MANIFEST, CheckpointError, step_folders
 from omni_train.engine.checkpoint_reader import CheckpointReader
+from omni_train.models.lora import MergedReader, lora_of
 from omni_train.models.talker_layout import TalkerSpec
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -150,6 +151,8 @@ class SafetensorsSource:
 class CheckpointSource:
     """Weights of a checkpoint that a run of ours saved: the fp32 master weights.
 
+    Adapters come merged into the weights that they belong on.
+
     Args:
         path: the checkpoint; every byte of it is checked first. `settings` are those of the run
             that wrote it, by dotted key.
@@ -160,11 +163,14 @@ class CheckpointSource:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self._reader: CheckpointReader | MergedReader
         try:
-            self._reader = CheckpointReader(path)
+            reader = CheckpointReader(path)
+            lora = lora_of(reader.notes(), reader.path)
+            self._reader = reader if lora is None else MergedReader(reader, lora)
         except CheckpointError as error:
             raise _unusable(path, str(error)) from error
-        self.settings: dict[str, Any] = self._reader.manifest.fingerprint.get("config", {})
+        self.settings: dict[str, Any] = reader.manifest.fingerprint.get("config", {})
 
     def names(self) -> set[str]:
         """Return the names of all parameters that the checkpoint holds."""

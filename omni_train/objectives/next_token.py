@@ -12,7 +12,9 @@ def next_token(model: nn.Module, batch: Batch) -> StepOutput:
     """Return the summed loss of one pack.
 
     A pack without supervision has one dummy target of weight zero: the loss is then exactly zero,
-    with a graph like any other.
+    with a graph like any other. The weights of turns scale their tokens' loss; what the loop
+    divides by is the number of tokens, so a turn of weight 2 pulls twice as hard and takes from no
+    other.
 
     Args:
         model: called with the batch, returns float32 log-probabilities [N].

@@ -79,28 +79,70 @@ def test_text_that_spells_a_special_token_stays_text() -> None:
     assert tokens.audio not in ids
 
 
-TURNS = st.lists(
-    st.tuples(st.sampled_from(["apple", "banana garden", "", "x\ny"]), st.sampled_from(["garden"])),
-    min_size=1,
-    max_size=4,
+TEXTS = st.one_of(
+    st.sampled_from(["apple", "banana garden", "", " ", "x\ny", "<|im_end|>", "assistant\n"]),
+    st.text(alphabet=st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=12),
 )
+MEDIA = st.sampled_from(
+    [
+        {"type": "image", "image": "0.png"},
+        {"type": "audio", "audio": "1.wav"},
+        {"type": "video", "video": "2.mp4"},
+        {"type": "video", "video": "3.mp4", "audio_in_video": False},
+    ]
+)
+ITEMS = st.lists(st.one_of(TEXTS.map(lambda t: {"type": "text", "text": t}), MEDIA), max_size=4)
+CONTENT = st.one_of(TEXTS, ITEMS)
+WEIGHTS = st.sampled_from([None, 0, 0.25, 1, 3.5])
 
 
-@settings(max_examples=60, deadline=None)
-@given(TURNS)
-def test_exactly_the_assistant_spans_are_supervised(turns: list[tuple[str, str]]) -> None:
-    messages = []
-    for question, answer in turns:
-        messages += [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": answer},
-        ]
+@st.composite
+def dialogues(draw: st.DrawFn) -> list[dict[str, object]]:
+    """Turns in any order that the format has, with media anywhere, replies included."""
+    messages: list[dict[str, object]] = []
+    if draw(st.booleans()):
+        messages.append({"role": "system", "content": draw(CONTENT)})
+    for role in draw(st.lists(st.sampled_from(["user", "assistant"]), min_size=1, max_size=6)):
+        turn: dict[str, object] = {"role": role, "content": draw(CONTENT)}
+        weight = draw(WEIGHTS)
+        if role == "assistant" and weight is not None:
+            turn["weight"] = weight
+        messages.append(turn)
+    return messages
+
+
+def texts_of(turn: dict[str, object]) -> list[str]:
+    """Texts of a turn as the loss sees them: neighbours joined, media between them."""
+    content = turn["content"]
+    if isinstance(content, str):
+        return [content]
+    texts, joined = [], None
+    for item in [*content, None]:  # type: ignore[misc]
+        if item is not None and item["type"] == "text":
+            joined = item["text"] if joined is None else joined + item["text"]
+        elif joined is not None:
+            texts.append(joined)
+            joined = None
+    return texts
+
+
+@settings(max_examples=200, deadline=None)
+@given(dialogues())
+def test_exactly_the_assistant_spans_are_supervised(messages: list[dict[str, object]]) -> None:
     pieces = [p for p in render(messages, TOKENIZER) if isinstance(p, TextPiece)]
-    supervised = [i for p in pieces if p.supervised for i in p.ids]
+    supervised = [(i, p.weight) for p in pieces if p.supervised for i in p.ids]
     end = special_tokens(TOKENIZER).im_end
-    wanted = [i for _, answer in turns for i in [*encode_text(TOKENIZER, answer), end]]
+    wanted = []
+    for turn in messages:
+        weight = turn.get("weight", 1) if turn["role"] == "assistant" else 0
+        ids = [i for text in texts_of(turn) for i in encode_text(TOKENIZER, text)]
+        wanted += [(i, weight) for i in [*ids, end] if weight]
     assert supervised == wanted
-    assert count_text_tokens(messages, TOKENIZER) == (sum(len(p.ids) for p in pieces), len(wanted))
+    total = sum(len(p.ids) for p in pieces)
+    assert count_text_tokens(messages, TOKENIZER) == (total, len(wanted))
+    # Every end of a turn is there, whoever supervises it, and no text can forge one.
+    turns = len(messages) + (messages[0]["role"] != "system")
+    assert [i for p in pieces for i in p.ids].count(end) == turns
 
 
 def test_rendering_a_prompt_and_its_reply_gives_the_training_ids() -> None:
@@ -137,6 +179,10 @@ def test_media_pieces_in_order() -> None:
         [{"role": "user", "content": 3}],
         [{"role": "user", "content": [{"type": "smell", "smell": "0.bin"}]}],
         [{"role": "user", "content": [{"type": "image"}]}],
+        [{"role": "user", "content": "x", "weight": 1.0}],
+        [{"role": "assistant", "content": "x", "weight": -1.0}],
+        [{"role": "assistant", "content": "x", "weight": True}],
+        [{"role": "assistant", "content": "x", "weight": float("nan")}],
     ],
 )
 def test_bad_messages_are_refused(messages: list[dict[str, object]]) -> None:

@@ -6,10 +6,12 @@ import torch
 
 from omni_train.config.errors import DataError
 from omni_train.data.chatml import count_text_tokens
+from omni_train.data.collate import collate
 from omni_train.data.encode import encode
 from omni_train.data.image import patchify, resize, resize_picture
 from omni_train.data.media import decode_audio, decode_picture, decode_video, probe
 from omni_train.data.types import IndexRow, ProcessingConfig, RawSample
+from omni_train.objectives.next_token import next_token
 from omni_train.speech.mel import log_mel
 from tests.unit.data.clips import clip, every, tone, wav
 from tests.unit.data.samples import CONFIG, SPEC, TOKENIZER, png, raw_sample
@@ -64,6 +66,28 @@ def test_labels_are_the_reply_and_its_end():
     assert TOKENIZER.decode(sample.labels[kept]) == "yellow river<|im_end|>"
     assert int(kept.sum()) == count_text_tokens(messages, TOKENIZER)[1]
     assert len(sample.labels) == len(sample.input_ids) == sample.num_tokens
+
+
+def test_weights_of_turns_reach_the_targets_of_a_pack():
+    weights = [0.5, 0, None, 2]
+    messages = []
+    for number, weight in enumerate(weights):
+        extra = {} if weight is None else {"weight": weight}
+        messages += [user(text(f"turn {number}")), {**ANSWER, **extra}]
+    plain = [{k: v for k, v in turn.items() if k != "weight"} for turn in messages]
+    weighted, usual = run_encode(raw_sample(messages, {})), run_encode(raw_sample(plain, {}))
+    assert torch.equal(weighted.input_ids, usual.input_ids)
+    assert usual.label_weights is None
+    batch = collate([usual, weighted], SPEC)
+    each = int((usual.labels != -100).sum()) // len(weights)
+    wanted = [1.0] * (4 * each) + [0.5] * each + [1.0] * each + [2.0] * each
+    assert batch.target_weights.tolist() == wanted
+    assert batch.num_target_tokens == len(wanted) == len(batch.target_ids)
+    # A pack is the sum of its turns, each at its weight.
+    logprobs = torch.arange(1.0, len(wanted) + 1, requires_grad=True)
+    output = next_token(lambda given: logprobs, batch)
+    assert output.loss == -(torch.tensor(wanted) * logprobs).sum()
+    assert output.num_tokens == len(wanted)
 
 
 def test_prompt_without_supervision():
