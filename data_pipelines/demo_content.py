@@ -67,6 +67,11 @@ class Scene:
         return f"a {self.size} {self.color} {self.shape}"
 
     @property
+    def content(self) -> str:
+        """All that the split is about: `large red circle at the top`."""
+        return f"{self.size} {self.color} {self.shape} {self.place}"
+
+    @property
     def name(self) -> str:
         """`red circle`."""
         return f"{self.color} {self.shape}"

@@ -5,8 +5,9 @@
     <out>/tokenizer/          byte-level BPE, trained on the training text
     <out>/corpus.json         seed, voices with their word error rates, counts, hours, seconds
 
-Subsets and their tasks are demo_tasks.py's; the split is demo_content.py's. The directory appears
-when it is complete; a finished one with the same settings is reused.
+Subsets are planned in demo_tasks.py, demo_dialogue.py and demo_speech.py; the split is
+demo_content.py's. The directory appears when it is complete; a finished one with the same
+settings is reused.
 
     python -m data_pipelines.demo_corpus --out runs/demo/corpus --seed 0
 """
@@ -33,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from data_pipelines.demo_content import MAX_WORDS, VOCABULARY, Split
+from data_pipelines.demo_dialogue import plan_dialogue, plan_question
 from data_pipelines.demo_render import measure_voice, render_media
 from data_pipelines.demo_speech import plan_speech, with_errors
 from data_pipelines.demo_tasks import (
@@ -41,7 +43,6 @@ from data_pipelines.demo_tasks import (
     plan_asr,
     plan_av,
     plan_caption,
-    plan_dialogue,
     plan_text,
     texts_of,
 )
@@ -63,6 +64,7 @@ PLANNERS: dict[str, Callable[[Recipe], Iterator[SamplePlan]]] = {
     "caption": plan_caption,
     "av": plan_av,
     "dialogue": plan_dialogue,
+    "question": plan_question,
     "speech": plan_speech,
 }
 # Made from the training side of `speech`.
@@ -95,7 +97,8 @@ def _default_subsets() -> dict[str, SubsetConfig]:
         "asr": SubsetConfig(train=4000, heldout=120),
         "caption": SubsetConfig(train=4000, heldout=120),
         "av": SubsetConfig(train=1500, heldout=96),
-        "dialogue": SubsetConfig(train=150, heldout=40),
+        "dialogue": SubsetConfig(train=1500, heldout=120),
+        "question": SubsetConfig(train=1000, heldout=120),
         "speech": SubsetConfig(train=4000, heldout=120),
     }
 
@@ -106,7 +109,8 @@ def _quick_subsets() -> dict[str, SubsetConfig]:
         "asr": SubsetConfig(train=96, heldout=16),
         "caption": SubsetConfig(train=96, heldout=16),
         "av": SubsetConfig(train=24, heldout=24),
-        "dialogue": SubsetConfig(train=20, heldout=10),
+        "dialogue": SubsetConfig(train=24, heldout=12),
+        "question": SubsetConfig(train=24, heldout=8),
         "speech": SubsetConfig(train=48, heldout=8),
     }
 
@@ -118,7 +122,8 @@ class DemoCorpusConfig:
     Args:
         out_dir: directory that is made, or reused where it holds the same corpus.
         seed: of everything in it, the split included.
-        subsets: samples by subset: text, asr, caption, av, dialogue, speech.
+        subsets: samples by subset: text, asr, caption, av, dialogue, question,
+            speech.
         voices: espeak-ng voices that are measured.
         max_voice_wer: voices with a higher word error rate on raw speech are left out.
         voice_check_utterances: utterances of 1 to 3 words on which each voice is measured.

@@ -4,8 +4,8 @@
     asr       speech of 1 to 3 words -> the words
     caption   picture of one shape -> `a large red circle`
     av        clip -> what was shown, what was said, what was shown when a word was said
-    dialogue  several turns that mix text, pictures and speech
 
+Dialogues of several turns are demo_dialogue.py's.
 The text tasks end in the wordings of the media tasks, so that a frozen language model knows each
 reply's form. A sample's wording follows from its key. `meta` lists the content that the split is
 about: `words`, `scenes`. Not done here: sound, pixels, files.
@@ -22,7 +22,6 @@ from typing import Any
 from data_pipelines.clips import FRAME_RATES, ClipPlan, Sound, plan_clip
 from data_pipelines.demo_content import (
     MAX_WORDS,
-    SIZES,
     Scene,
     Split,
     draw_words,
@@ -175,7 +174,7 @@ def plan_caption(recipe: Recipe) -> Iterator[SamplePlan]:
             user_message(("image", "0.png"), pick(CAPTION_PROMPTS, key)),
             reply_message(scene.caption),
         ]
-        meta = {"words": [], "scenes": [_content(scene)]}
+        meta = {"words": [], "scenes": [scene.content]}
         media: dict[str, MediaPlan] = {"0.png": Picture(scene, rng.getrandbits(32))}
         yield SamplePlan(key, sample_record(messages, "caption", meta), media)
 
@@ -211,24 +210,6 @@ def plan_av(recipe: Recipe) -> Iterator[SamplePlan]:
         yield SamplePlan(key, sample_record(messages, "av", meta, plan.voice), {"0.mp4": plan})
 
 
-def plan_dialogue(recipe: Recipe) -> Iterator[SamplePlan]:
-    """Dialogues of two or three turns; the five kinds come in turn."""
-    rng = recipe.rng("dialogue")
-    kinds = (
-        _about_picture,
-        _about_speech,
-        _about_both,
-        _about_two_pictures,
-        _about_text_and_speech,
-    )
-    for number, key in enumerate(recipe.keys("dialogue")):
-        draft = _Draft(key, rng, recipe)
-        kinds[number % len(kinds)](draft)
-        meta = {"words": draft.words, "scenes": [_content(scene) for scene in draft.scenes]}
-        record = sample_record(draft.messages, "dialogue", meta, draft.voice if draft.words else "")
-        yield SamplePlan(key, record, draft.media)
-
-
 def stutter(words: tuple[str, ...], rng: random.Random) -> str:
     """Say each word one to six times, with fillers before, between and after."""
     said: list[str] = []
@@ -238,79 +219,6 @@ def stutter(words: tuple[str, ...], rng: random.Random) -> str:
                 said.append(rng.choice(_FILLERS))
             said.append(word)
     return " ".join(said)
-
-
-class _Draft:
-    """A dialogue that grows turn by turn."""
-
-    def __init__(self, key: str, rng: random.Random, recipe: Recipe) -> None:
-        self.key, self.rng, self.recipe = key, rng, recipe
-        self.voice = recipe.voices[rng.randrange(len(recipe.voices))]
-        self.messages: list[dict[str, Any]] = []
-        self.media: dict[str, MediaPlan] = {}
-        self.words: list[str] = []
-        self.scenes: list[Scene] = []
-
-    def draw_words(self) -> tuple[str, ...]:
-        """Draw two or three words."""
-        return draw_words(self.rng, self.rng.randint(2, 3), self.recipe.split, self.recipe.seed)
-
-    def show(self) -> Scene:
-        """Add a turn with a picture and its caption."""
-        scene = self.rng.choice(scenes(self.recipe.split, self.recipe.seed))
-        member = f"{len(self.media)}.png"
-        self.media[member] = Picture(scene, self.rng.getrandbits(32))
-        self.scenes.append(scene)
-        self.ask(pick(CAPTION_PROMPTS, f"{self.key} {member}"), scene.caption, ("image", member))
-        return scene
-
-    def say(self, words: tuple[str, ...]) -> None:
-        """Add a turn with speech and its words."""
-        member = f"{len(self.media)}.wav"
-        text = " ".join(words)
-        self.media[member] = Speech(text, self.voice)
-        self.words.append(text)
-        self.ask(pick(ASR_PROMPTS, f"{self.key} {member}"), text, ("audio", member))
-
-    def ask(self, question: str, answer: str, *media: tuple[str, str]) -> None:
-        """Add a turn."""
-        self.messages += [user_message(*media, question), reply_message(answer)]
-
-
-def _about_picture(draft: _Draft) -> None:
-    scene = draft.show()
-    draft.ask("What colour is it?", scene.color)
-    draft.ask("Where is it?", scene.place)
-
-
-def _about_speech(draft: _Draft) -> None:
-    words = draft.draw_words()
-    draft.say(words)
-    first = draft.rng.random() < 0.5
-    draft.ask(f"What was the {'first' if first else 'last'} word?", words[0 if first else -1])
-
-
-def _about_both(draft: _Draft) -> None:
-    scene = draft.show()
-    draft.say(draft.draw_words())
-    draft.ask("What shape was in the picture?", scene.shape)
-
-
-def _about_two_pictures(draft: _Draft) -> None:
-    first, second = draft.show(), draft.show()
-    order = SIZES.index(first.size) - SIZES.index(second.size)
-    answers = {-1: "the second one", 0: "both are the same size", 1: "the first one"}
-    draft.ask("Which picture has the larger shape?", answers[order])
-
-
-def _about_text_and_speech(draft: _Draft) -> None:
-    written = draft.draw_words()
-    said = written if draft.rng.random() < 0.5 else draft.draw_words()
-    prompt = pick(ASR_PROMPTS, f"{draft.key} text")
-    draft.words.append(" ".join(written))
-    draft.ask(f"{stutter(written, draft.rng)}\n{prompt}", " ".join(written))
-    draft.say(said)
-    draft.ask("Were these the same words?", "yes" if said == written else "no")
 
 
 def _text_copy(key: str, rng: random.Random, recipe: Recipe) -> SamplePlan:
@@ -341,7 +249,7 @@ def _text_caption(key: str, rng: random.Random, recipe: Recipe) -> SamplePlan:
         user_message(f"{stutter(tuple(facts), rng)}\n{prompt}"),
         reply_message(scene.caption),
     ]
-    meta = {"words": [], "scenes": [_content(scene)]}
+    meta = {"words": [], "scenes": [scene.content]}
     return SamplePlan(key, sample_record(messages, "text_caption", meta))
 
 
@@ -365,7 +273,7 @@ def _text_clip(key: str, rng: random.Random, recipe: Recipe) -> SamplePlan:
     meta = {
         "questions": [kind],
         "words": [" ".join(words)] if words else [],
-        "scenes": [_content(scene) for scene in shown],
+        "scenes": [scene.content for scene in shown],
     }
     return SamplePlan(key, sample_record(messages, "text_clip", meta))
 
@@ -397,7 +305,7 @@ def _schedule(plan: ClipPlan) -> dict[str, Any]:
     words = " ".join(said.word for said in plan.spoken)
     return {
         "words": [words] if words else [],
-        "scenes": [_content(slot.scene) for slot in plan.slots],
+        "scenes": [slot.scene.content for slot in plan.slots],
         "fps": float(plan.fps),
         "sound": plan.sound.name,
         "video_s": plan.video_s,
@@ -411,10 +319,6 @@ def _schedule(plan: ClipPlan) -> dict[str, Any]:
             for s in plan.spoken
         ],
     }
-
-
-def _content(scene: Scene) -> str:
-    return f"{scene.size} {scene.color} {scene.shape} {scene.place}"
 
 
 def user_message(*items: tuple[str, str] | str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from omni_train.data.tokenizer import load_tokenizer
 from omni_train.data.types import ProcessingConfig
 from omni_train.engine.deepspeed import Precision
 from omni_train.engine.run import RunConfig, start_run
+from omni_train.evaluation.scoring import format_scores
 from omni_train.evaluation.spoken import SpeechTask, evaluate_speech
 from omni_train.evaluation.tasks import EvaluationTask, evaluate_task
 from omni_train.models.build import build_replica
@@ -73,8 +74,15 @@ def main(raw: DictConfig) -> None:
             thinker = replicas.thinker
         else:
             thinker = build_replica(cfg.model, tokenizer, cfg.precision, device)
-        for name, task in cfg.tasks.items():
-            evaluate_task(name, task, thinker, tokenizer, cfg.processing, run)
+        scores = {
+            name: (
+                task.metric,
+                evaluate_task(name, task, thinker, tokenizer, cfg.processing, run),
+            )
+            for name, task in cfg.tasks.items()
+        }
+        if scores:
+            run.say(format_scores(scores))
         for name, spoken in cfg.speech.items():
             evaluate_speech(name, spoken, replicas, tokenizer, cfg.processing, run)
 

@@ -1,22 +1,19 @@
-"""Scores of predicted text against reference text, after a stated normaliser.
+"""What texts can be scored by, and how they are folded before they are compared.
 
-Error rates come from jiwer; the normalisers are Whisper's, as transformers carries them.
+The normalisers are Whisper's, as transformers carries them, and those of seed-tts-eval.
 """
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import Enum
 from functools import cache
 
-import jiwer
 from transformers.models.whisper.english_normalizer import (
     BasicTextNormalizer,
     EnglishTextNormalizer,
 )
-
-from omni_train.config.errors import DataError
 
 
 class Normalizer(Enum):
@@ -35,11 +32,23 @@ class Normalizer(Enum):
 
 
 class Metric(Enum):
-    """What a task is scored by: word or character error rate, or share of equal replies."""
+    """What a task is scored by; the kinds are in `kinds/`, the table in `scoring.py`.
+
+    wer, cer: word or character error rate. bleu: of translations, 0..100. exact_match,
+    relaxed_match: share of replies that are a right answer, or for numbers near one. choice,
+    choice_likelihood: share of right letters, generated or the most probable. label: share of right
+    labels. grounding: share of boxes with an IoU of 0.5.
+    """
 
     wer = "wer"
     cer = "cer"
+    bleu = "bleu"
     exact_match = "exact_match"
+    relaxed_match = "relaxed_match"
+    choice = "choice"
+    choice_likelihood = "choice_likelihood"
+    label = "label"
+    grounding = "grounding"
 
 
 @cache
@@ -68,49 +77,3 @@ def _fold_chinese(text: str) -> str:
 def normalize(text: str, normalizer: Normalizer) -> str:
     """Fold one text; white space becomes single spaces."""
     return " ".join(_fold(normalizer)(text).split())
-
-
-def word_error_rate(
-    references: Sequence[str], predictions: Sequence[str], normalizer: Normalizer
-) -> float:
-    """Word errors over reference words, over all texts together (0 is perfect, may exceed 1).
-
-    Raises:
-        DataError: `empty_reference` where a reference has no word; jiwer itself would count it as
-            a whole error without a message.
-    """
-    folded = _references(references, normalizer)
-    return float(jiwer.wer(folded, [normalize(text, normalizer) for text in predictions]))
-
-
-def character_error_rate(
-    references: Sequence[str], predictions: Sequence[str], normalizer: Normalizer
-) -> float:
-    """Character errors over reference characters, over all texts together; raises as for words."""
-    folded = _references(references, normalizer)
-    return float(jiwer.cer(folded, [normalize(text, normalizer) for text in predictions]))
-
-
-def _references(texts: Sequence[str], normalizer: Normalizer) -> list[str]:
-    folded = [normalize(text, normalizer) for text in texts]
-    for text, original in zip(folded, texts, strict=True):
-        if not text:
-            raise DataError("empty_reference", f"reference {original!r} has no word to compare")
-    return folded
-
-
-def exact_match(
-    references: Sequence[str], predictions: Sequence[str], normalizer: Normalizer
-) -> float:
-    """Share of predictions that equal their reference after folding, 0..1."""
-    pairs = zip(references, predictions, strict=True)
-    return sum(normalize(r, normalizer) == normalize(p, normalizer) for r, p in pairs) / max(
-        1, len(references)
-    )
-
-
-METRICS = {
-    Metric.wer: word_error_rate,
-    Metric.cer: character_error_rate,
-    Metric.exact_match: exact_match,
-}
