@@ -85,7 +85,7 @@ class PlannedLoader:
         ledger: Callable[..., None],
         event: Callable[..., None] | None = None,
         resume_allow: Sequence[str] = (),
-        source_type: type[ShardSource] = ShardSource,
+        source_type: Callable[..., ShardSource] = ShardSource,
         make: Make | None = None,
         bytes_per_token: int = BYTES_PER_TOKEN,
     ) -> None:
@@ -374,7 +374,7 @@ def build_loader(
     spec: ModelSpec,
     run: Run,
     *,
-    source_type: type[ShardSource] = ShardSource,
+    source_type: Callable[..., ShardSource] = ShardSource,
     make: Make | None = None,
     bytes_per_token: int = BYTES_PER_TOKEN,
 ) -> PlannedLoader:

@@ -25,7 +25,7 @@ from omni_train.models.talker_states import StateStore
 from omni_train.speech.codec import CODES_FILE
 
 # Index tensors of the Talker's pack, for each position; positions count in tokens here.
-_BYTES_PER_POSITION = 80
+BYTES_PER_POSITION = 80
 
 
 def build_speech_loader(
@@ -69,7 +69,7 @@ def build_speech_loader(
         run,
         source_type=SpeechSource,
         make=make,
-        bytes_per_token=BYTES_PER_TOKEN + positions_per_token * _BYTES_PER_POSITION + state_bytes,
+        bytes_per_token=BYTES_PER_TOKEN + positions_per_token * BYTES_PER_POSITION + state_bytes,
     )
     _check_codecs(loader.sources, talker)
     return loader

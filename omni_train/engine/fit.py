@@ -24,7 +24,7 @@ from omni_train.engine.types import Loader, StepItem
 from omni_train.engine.vote import Report, Verdict, local_report, verdict_of
 from omni_train.objectives.types import StepFunction, StepOutput
 
-Every = Sequence[tuple[int, Callable[[Engine, int], None]]]
+Every = Sequence[tuple[int, Callable[[Engine, int], bool | None]]]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,7 +74,8 @@ def fit(
         cfg: length and intervals.
         run: run directory.
         every: (interval, function); the function is called as `fn(engine, step)` on all ranks
-            after each step whose number, counted from 1, the interval divides.
+            after each step whose number, counted from 1, the interval divides. Where one returns
+            True, on all ranks, training ends there.
 
     Raises:
         RunError: too many non-finite steps in a row (76), a checkpoint could not be written, or
@@ -92,7 +93,8 @@ def _fit(
     skipped, metrics = 0, {}
     engine.model.train()
     items = iter(loader.steps()) if engine.step < cfg.max_steps else iter(())
-    while engine.step < cfg.max_steps:
+    stopped = False
+    while engine.step < cfg.max_steps and not stopped:
         clock = Clock()
         with clock.part("data"):
             item = next(items, None)
@@ -114,7 +116,7 @@ def _fit(
             raise RunError(ExitCode.preempted, f"{reason}; the same command goes on from there")
         for interval, function in every:
             if engine.step % interval == 0:
-                function(engine, engine.step)
+                stopped = bool(function(engine, engine.step)) or stopped
                 engine.model.train()
     if saved != engine.step:
         _save(engine, loader, cfg, run, metrics)

@@ -283,7 +283,7 @@ def lay_out(reply: SpokenReply, spec: TalkerSpec) -> TalkerLayout:
     if reply.reference is not None:
         span = reply.reference
         stream = torch.cat([torch.arange(span.start, span.start + span.length), tail])
-        text.append(_consumed(stream, span.codes.numel()))
+        text.append(consumed(stream, span.codes.numel()))
         codec.append(span.codes)
     text_index = torch.cat([*text, words[:1]])
     ids = reply.position_ids[:, : reply.prompt_length]
@@ -315,7 +315,7 @@ def pack_speech(
         if layout is not None
     ]
     if not parts:
-        return _dummy(spec)
+        return dummy_batch(spec)
     lengths = [text.numel() for text, _, _, _ in parts]
     codec = torch.cat([codec for _, codec, _, _ in parts])
     codec_index = torch.nonzero(codec >= 0).squeeze(1)
@@ -364,7 +364,7 @@ def _taught(
     count = layout.codes.numel()
     if not count:
         raise DataError("empty_speech", "a reply that is learnt from has codes")
-    text = torch.cat([layout.text_index, _consumed(layout.stream_index, count)])
+    text = torch.cat([layout.text_index, consumed(layout.stream_index, count)])
     after = layout.position_ids[:, -1:] + torch.arange(1, count + 1)
     return (
         absolute_index(text, start, total),
@@ -374,8 +374,8 @@ def _taught(
     )
 
 
-def _dummy(spec: TalkerSpec) -> TalkerBatch:
-    """One position through every module, so that a rank without speech keeps in step."""
+def dummy_batch(spec: TalkerSpec) -> TalkerBatch:
+    """Return one position through every module, so that a rank without speech keeps in step."""
     zero = torch.zeros(1, dtype=torch.long)
     return TalkerBatch(
         text_index=zero,
@@ -394,8 +394,8 @@ def _rows(*rows: int) -> Tensor:
     return -1 - torch.tensor(rows, dtype=torch.long)
 
 
-def _consumed(stream: Tensor, count: int) -> Tensor:
-    """The first `count` items of a text stream whose last item repeats."""
+def consumed(stream: Tensor, count: int) -> Tensor:
+    """Return the first `count` items of a text stream whose last item repeats."""
     return stream[torch.arange(count).clamp(max=stream.numel() - 1)]
 
 
