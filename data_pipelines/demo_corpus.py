@@ -36,7 +36,7 @@ import xxhash
 from data_pipelines.demo_content import MAX_WORDS, VOCABULARY, Split
 from data_pipelines.demo_dialogue import plan_dialogue, plan_question
 from data_pipelines.demo_render import measure_voice, render_media
-from data_pipelines.demo_speech import plan_speech, with_errors
+from data_pipelines.demo_speech import plan_speaker, plan_speech, with_errors
 from data_pipelines.demo_tasks import (
     Recipe,
     SamplePlan,
@@ -66,6 +66,7 @@ PLANNERS: dict[str, Callable[[Recipe], Iterator[SamplePlan]]] = {
     "dialogue": plan_dialogue,
     "question": plan_question,
     "speech": plan_speech,
+    "speaker": plan_speaker,
 }
 # Made from the training side of `speech`.
 NOISY = "speech_noisy"
@@ -100,6 +101,7 @@ def _default_subsets() -> dict[str, SubsetConfig]:
         "dialogue": SubsetConfig(train=1500, heldout=120),
         "question": SubsetConfig(train=1000, heldout=120),
         "speech": SubsetConfig(train=4000, heldout=120),
+        "speaker": SubsetConfig(train=100, heldout=120),
     }
 
 
@@ -112,6 +114,7 @@ def _quick_subsets() -> dict[str, SubsetConfig]:
         "dialogue": SubsetConfig(train=24, heldout=12),
         "question": SubsetConfig(train=24, heldout=8),
         "speech": SubsetConfig(train=48, heldout=8),
+        "speaker": SubsetConfig(train=16, heldout=8),
     }
 
 
@@ -122,8 +125,7 @@ class DemoCorpusConfig:
     Args:
         out_dir: directory that is made, or reused where it holds the same corpus.
         seed: of everything in it, the split included.
-        subsets: samples by subset: text, asr, caption, av, dialogue, question,
-            speech.
+        subsets: samples by subset: text, asr, caption, av, dialogue, question, speech, speaker.
         voices: espeak-ng voices that are measured.
         max_voice_wer: voices with a higher word error rate on raw speech are left out.
         voice_check_utterances: utterances of 1 to 3 words on which each voice is measured.

@@ -2,6 +2,7 @@
 
     speech          request in one of several wordings -> the words, written and spoken
     speech_noisy    the same sounds under the same keys; every other sample's text has one error
+    speaker         the same kind of request, answered by a voice that nothing before was spoken in
 
 A comma stands between some of the words, where the voice pauses.
 
@@ -33,6 +34,7 @@ from data_pipelines.demo_tasks import (
 
 # The Talker's voices; the others are there for a later stage to add one of them.
 BASE_VOICES = ("en-us", "en-us+m3")
+TARGET_VOICE = "en-us+f2"
 REPLY = "reply.wav"
 # Share of 1, 2 and 3 words: many different sequences, for a few are learnt by heart.
 _LENGTH_SHARES = (0.10, 0.25, 0.65)
@@ -44,9 +46,18 @@ _COMMA_SHARE = 0.25
 
 def plan_speech(recipe: Recipe) -> Iterator[SamplePlan]:
     """Spoken replies in the base voices that are understood, or where none is, in all that are."""
-    voices = tuple(v for v in BASE_VOICES if v in recipe.voices) or recipe.voices
-    drawn = draw_utterances(recipe, "speech", _LENGTH_SHARES, voices)
-    for key, (words, voice) in zip(recipe.keys("speech"), drawn, strict=True):
+    yield from _spoken(recipe, "speech", BASE_VOICES)
+
+
+def plan_speaker(recipe: Recipe) -> Iterator[SamplePlan]:
+    """Spoken replies of the voice that a late stage adds."""
+    yield from _spoken(recipe, "speaker", (TARGET_VOICE,))
+
+
+def _spoken(recipe: Recipe, subset: str, wanted: tuple[str, ...]) -> Iterator[SamplePlan]:
+    voices = tuple(v for v in wanted if v in recipe.voices) or recipe.voices
+    drawn = draw_utterances(recipe, subset, _LENGTH_SHARES, voices)
+    for key, (words, voice) in zip(recipe.keys(subset), drawn, strict=True):
         text = punctuated(words, random.Random(f"{recipe.seed} comma {key}"))
         meta = {"words": [" ".join(words)], "scenes": [], "error": ""}
         record = sample_record(_dialogue(key, text), "speech", meta, voice)

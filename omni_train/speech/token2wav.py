@@ -183,6 +183,30 @@ class Token2WavCodec:
         guided, free = out.chunk(2, dim=0)
         return guided + (guided - free) * self._guidance
 
+    def flow(
+        self, state: Tensor, codes: Tensor, cond: Tensor, ref_mel: Tensor, time: Tensor
+    ) -> Tensor:
+        """Return the unguided velocity [1, L, M] with its graph, as in training; see `velocity`."""
+        out: Tensor = self._dit(
+            hidden_states=state,
+            speaker_embedding=cond[:, None].expand(-1, state.shape[1], -1),
+            condition_vector=ref_mel,
+            quantized_code=codes[None],
+            time_step=time,
+            apply_cfg=False,
+        )
+        return out
+
+    @property
+    def frames_per_code(self) -> int:
+        """Mel frames that one code stands for."""
+        frames: int = self._dit.config.repeats
+        return frames
+
+    def mel_frames(self, codes: Tensor) -> int:
+        """Return the mel frames L of codes int64 [T]."""
+        return len(codes) * self.frames_per_code
+
     @property
     def exact_window(self) -> Window:
         """Window from which a block comes out as in a whole decode."""

@@ -29,6 +29,7 @@ REQUIRED = {
     "fit": ["fit.max_steps=1"],
     "phase": ["phase=adapter"],
     "tasks": ["+tasks={a: {path: x, metric: wer}}"],
+    "requests": ["requests={path: x, codec: {path: c}, sampling: {max_codes: 9}}"],
 }
 
 
