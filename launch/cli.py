@@ -88,12 +88,23 @@ def _add_checks(add: Add) -> None:
 
 
 def _add_runs(add: Add) -> None:
+    from launch.plan import add_plan
+
     config = add(
         "config",
         "Print a stage's resolved configuration.",
         "omni-train config stage1_audio model=tiny optim.lr=1e-3",
         "omni-train config stage1_audio experiment=stage1_audio/debug --json",
     )
+    plan = add(
+        "plan",
+        "Memory, time and cost of a stage before it is started; touches no GPU.",
+        "omni-train plan stage1_audio phase=encoder model=qwen2_5_omni_7b --devices 64",
+        "omni-train plan stage1_audio phase=adapter model=qwen2_5_omni_3b --price 2 --json",
+        "omni-train plan stage1_audio experiment=demo/stage1_audio_encoder --hardware cpu \\",
+        "    --devices 2 --refit runs/demo/stage1_audio_adapter",
+    )
+    add_plan(plan)
     train = add(
         "train",
         "Train a stage; the same command again resumes.",
@@ -265,6 +276,15 @@ def _config(args: argparse.Namespace) -> int:
     return checked.code
 
 
+def _plan(args: argparse.Namespace) -> int:
+    refused = _refuse_stage(args.stage)
+    if refused:
+        return refused
+    from launch.plan import run_plan
+
+    return run_plan(args)
+
+
 def _train(args: argparse.Namespace) -> int:
     stage = "evaluate" if args.command == "evaluate" else args.stage
     refused = _refuse_stage(stage)
@@ -303,6 +323,7 @@ _COMMANDS = {
     "demo": _demo,
     "stages": _stages,
     "config": _config,
+    "plan": _plan,
     "train": _train,
     "evaluate": _train,
 }
