@@ -70,11 +70,11 @@ def collate(
         patches=patches,
         grid_thw=grid_thw,
         vision_index=vision_index,
-        vision_kwargs=_vision_kwargs(grid_thw, spec),
+        vision_kwargs=vision_kwargs(grid_thw, spec),
         mel_chunks=mel_chunks,
         mel_lengths=mel_lengths,
         audio_index=audio_index,
-        audio_kwargs=_audio_kwargs(chunk_lengths, mel_lengths),
+        audio_kwargs=audio_kwargs(chunk_lengths, mel_lengths),
         bad=bad or [],
         document_targets=document_targets,
         kinds=kinds,
@@ -131,10 +131,7 @@ def _vision(
         patches = torch.cat([s.patches for s in visual])
         grid_thw = torch.cat([s.grid_thw for s in visual])
     else:
-        merge = spec.merge_size
-        width = 3 * spec.temporal_patch_size * spec.patch_size**2
-        patches = torch.zeros(merge * merge, width, dtype=torch.uint8)
-        grid_thw = torch.tensor([[1, merge, merge]])
+        patches, grid_thw = dummy_vision(spec)
     expected = patches.shape[0] // spec.merge_size**2 if visual else 0
     assert index.numel() == expected, f"{index.numel()} vision placeholders, {expected} embeddings"
     return patches, grid_thw, index
@@ -151,14 +148,27 @@ def _audio(
         lengths = torch.cat([s.mel_lengths for s in heard])
         expected = int(sum(((n - 1) // 2 + 1 - 2) // 2 + 1 for n in lengths.tolist()))
     else:
-        mel = torch.zeros(spec.num_mel_bins, DUMMY_MEL_FRAMES)
-        lengths = torch.tensor([DUMMY_MEL_FRAMES])
+        mel, lengths = dummy_mel(spec)
         expected = 0
     assert index.numel() == expected, f"{index.numel()} audio placeholders, {expected} embeddings"
     return mel, lengths, index
 
 
-def _vision_kwargs(grid_thw: Tensor, spec: ModelSpec) -> dict[str, Tensor]:
+def dummy_vision(spec: ModelSpec) -> tuple[Tensor, Tensor]:
+    """Return patches and grid of a single black token, for a rank without pictures."""
+    merge = spec.merge_size
+    width = 3 * spec.temporal_patch_size * spec.patch_size**2
+    patches = torch.zeros(merge * merge, width, dtype=torch.uint8)
+    return patches, torch.tensor([[1, merge, merge]])
+
+
+def dummy_mel(spec: ModelSpec) -> tuple[Tensor, Tensor]:
+    """Return mel frames and their number, of a single silent token, for a rank without sound."""
+    return torch.zeros(spec.num_mel_bins, DUMMY_MEL_FRAMES), torch.tensor([DUMMY_MEL_FRAMES])
+
+
+def vision_kwargs(grid_thw: Tensor, spec: ModelSpec) -> dict[str, Tensor]:
+    """Return what the vision tower takes precomputed; see `Batch`."""
     window_index, cu_window_seqlens = get_vision_window_index(
         grid_thw, spec.merge_size, spec.window_size, spec.patch_size
     )
@@ -170,7 +180,8 @@ def _vision_kwargs(grid_thw: Tensor, spec: ModelSpec) -> dict[str, Tensor]:
     }
 
 
-def _audio_kwargs(chunk_lengths: Tensor, mel_lengths: Tensor) -> dict[str, Tensor]:
+def audio_kwargs(chunk_lengths: Tensor, mel_lengths: Tensor) -> dict[str, Tensor]:
+    """Return what the audio tower takes precomputed; see `Batch`."""
     return {
         "chunk_lengths": chunk_lengths,
         "valid_indices": get_valid_indices(chunk_lengths),

@@ -25,11 +25,12 @@ from omni_train.data.measure import AUDIO_COST_PER_CONV_FRAME, VISION_COST_PER_P
 from omni_train.data.mixture import Mixture, weights_by_window
 from omni_train.data.plan import WindowPlan, assign, join_costs, plan_window
 from omni_train.data.prefetch import Prefetcher
+from omni_train.data.sequence import check_agreement
 from omni_train.data.skiplist import read_skip_list
 from omni_train.data.source import ShardSource
 from omni_train.data.stores import Store, open_root
 from omni_train.data.tokenizer import tokenizer_hash
-from omni_train.data.types import ModelSpec, PackSpec, SampleRef
+from omni_train.data.types import Batch, ModelSpec, PackSpec, SampleRef
 from omni_train.data.work import PackMaker, PlannedSample, Work, describe, shard_name
 from omni_train.data.worker import Make
 from omni_train.engine.fingerprint import NOT_IDENTITY, flatten, is_covered, plain
@@ -274,6 +275,9 @@ class PlannedLoader:
             while (first := next(batches, None)) is not None:
                 item, num_steps, num_micro = pending.pop(0)
                 item.micro_batches = [first, *(next(batches) for _ in range(num_micro - 1))]
+                if self._spec.sequence.size > 1:
+                    packs = [batch for batch in item.micro_batches if isinstance(batch, Batch)]
+                    check_agreement(packs, self._spec.sequence)
                 last = item.step + 1 == num_steps
                 self._window, self._step = (
                     (item.window + 1, 0) if last else (item.window, item.step + 1)
@@ -383,8 +387,8 @@ def build_loader(
         config,
         tokenizer=tokenizer,
         spec=spec,
-        rank=run.world.rank,
-        world_size=run.world.size,
+        rank=run.world.rank // spec.sequence.size,
+        world_size=run.world.size // spec.sequence.size,
         seed=run.config.seed,
         ledger=run.ledger,
         event=run.event,

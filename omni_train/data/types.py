@@ -266,12 +266,45 @@ class EncodedSample:
         return int(self.input_ids.numel())
 
 
+@dataclass(frozen=True, slots=True)
+class SequencePlace:
+    """This rank's place among those that share packs (sequence parallelism).
+
+    Args:
+        rank: 0 .. size - 1.
+        size: ranks that share a pack; 1 where each has its own.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """How many embeddings of a tower this rank trades with each of those that share its pack.
+
+    Args:
+        send, receive: one number for each rank of the group; rows are in the pack's order.
+    """
+
+    send: list[int]
+    receive: list[int]
+
+    @classmethod
+    def none(cls, place: SequencePlace) -> Exchange:
+        """Return the exchange of a pack without such media."""
+        return cls([0] * place.size, [0] * place.size)
+
+
 @dataclass(slots=True)
 class Batch:
     """One pack, ready for the forward pass; nothing in it needs a host sync on a GPU.
 
     A part that the pack lacks holds a minimal dummy medium, so that every rank calls both towers
     exactly once per micro-step; its index is empty and its output is multiplied by zero.
+
+    Where ranks share a pack, T, N, P and the chunks are this rank's own; `segments` is of the whole
+    pack, and the towers' embeddings are exchanged before they are placed (sequence.py).
 
     Args:
         keys: sample keys in pack order.
@@ -299,6 +332,8 @@ class Batch:
         kinds: (task, modality) pairs of the documents.
         kind_targets: supervised tokens of each pair.
         target_kind: int64 [N], which pair a target belongs to.
+        vision_exchange, audio_exchange: where ranks share the pack; else None.
+        pack_signature: of the whole pack, where ranks share it; it is the same on all of them.
     """
 
     keys: list[str]
@@ -322,6 +357,9 @@ class Batch:
     kinds: list[tuple[str, str]]
     kind_targets: list[int]
     target_kind: Tensor
+    vision_exchange: Exchange | None = None
+    audio_exchange: Exchange | None = None
+    pack_signature: str = ""
 
     @property
     def num_tokens(self) -> int:
@@ -372,6 +410,7 @@ class ModelSpec:
         audio_chunk_frames: mel frames of one attention chunk of the audio tower (2 s).
         positions_per_second: TMRoPE ids per second of time.
         seconds_per_chunk: length of an interleaving block of video with sound.
+        sequence: this rank among those that share packs with it.
     """
 
     tokens: SpecialTokens
@@ -383,6 +422,7 @@ class ModelSpec:
     audio_chunk_frames: int
     positions_per_second: int
     seconds_per_chunk: int
+    sequence: SequencePlace = SequencePlace()
 
 
 @dataclass(kw_only=True, slots=True)

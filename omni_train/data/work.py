@@ -17,6 +17,7 @@ from omni_train.config.errors import DataError
 from omni_train.data.collate import collate
 from omni_train.data.encode import encode
 from omni_train.data.fetch import fetch
+from omni_train.data.sequence import split
 from omni_train.data.split import Part, cut
 from omni_train.data.stores import Store
 from omni_train.data.types import IndexRow, ModelSpec, ProcessingConfig
@@ -91,7 +92,8 @@ class PackMaker:
 
     def _collate(self, encoded: list[Any], bad: list[Bad]) -> Any:
         """Return the batch of what `_encode` gave; a subclass has its own of both."""
-        return collate(encoded, self.spec, bad=bad)
+        batch = collate(encoded, self.spec, bad=bad)
+        return split(batch, self.spec) if self.spec.sequence.size > 1 else batch
 
     def _encode(self, sample: PlannedSample) -> Any:
         raw = fetch(sample.shard, sample.row, self.store)

@@ -42,12 +42,15 @@ class DeepSpeedConfig:
         precision: of weights and activations.
         gradient_clipping: largest global gradient norm; 0 switches clipping off.
         param_persistence_threshold: ZeRO-3 keeps parameters with fewer elements gathered.
+        sequence_parallel_size: neighbouring ranks that share each pack (Ulysses); 1 gives each rank
+            packs of its own. The heads decide what is possible (models/sequence_parallel.py).
     """
 
     zero_stage: int = 3
     precision: Precision = Precision.bf16
     gradient_clipping: float = 1.0
     param_persistence_threshold: int = 100_000
+    sequence_parallel_size: int = 1
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (1, 2, 3):

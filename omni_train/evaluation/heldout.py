@@ -75,15 +75,15 @@ class _Sums:
     Args:
         loss: summed over tokens.
         tokens, best: supervised tokens, and those that are the most probable ones.
-        replies, exact: dialogues, and those in which all tokens are.
+        documents: of each pack, for each dialogue: this rank's supervised tokens, and how many of
+            them are not the most probable ones.
         bad: (source, shard, key, reason) of samples that could not be used.
     """
 
     loss: float = 0.0
     tokens: int = 0
     best: int = 0
-    replies: int = 0
-    exact: int = 0
+    documents: list[list[tuple[int, int]]] = field(default_factory=list)
     bad: list[tuple[str, str, str, str]] = field(default_factory=list)
 
     def add(self, scored: Tensor, batch: Batch) -> None:
@@ -91,14 +91,13 @@ class _Sums:
         logprobs, best = scored.cpu()
         self.bad += batch.bad
         if not batch.num_target_tokens:
+            self.documents.append([(0, 0)] * len(batch.document_targets))
             return
         self.loss -= float(logprobs.double().sum())
         self.tokens += batch.num_target_tokens
         self.best += int(best.sum())
-        for document in best.split(batch.document_targets):
-            if document.numel():
-                self.replies += 1
-                self.exact += int(document.all())
+        wrong = [int((document == 0).sum()) for document in best.split(batch.document_targets)]
+        self.documents.append(list(zip(batch.document_targets, wrong, strict=True)))
 
 
 class HeldoutEvaluation:
@@ -124,7 +123,7 @@ class HeldoutEvaluation:
         spec: ModelSpec,
         run: Run,
     ) -> None:
-        self._run = run
+        self._run, self._place = run, spec.sequence
         self._make = PackMaker(tokenizer, data.processing, spec, Store(data.fetch))
         self._packs: dict[str, list[Work]] = {}
         self._too_long: dict[str, int] = {}
@@ -160,7 +159,8 @@ class HeldoutEvaluation:
 
     def _mine(self, packs: list[Work]) -> Iterator[Batch]:
         """This rank's packs, filled up with empty ones so that all ranks have as many."""
-        rank, size = self._run.world.rank, self._run.world.size
+        rank = self._run.world.rank // self._place.size
+        size = self._run.world.size // self._place.size
         for first in range(0, len(packs), size):
             work = packs[first + rank] if first + rank < len(packs) else []
             yield self._make(work, lambda number: None)
@@ -170,20 +170,20 @@ class HeldoutEvaluation:
         bad = [row for rank in ranks for row in rank.bad]
         for row in bad:
             self._run.ledger(source=row[0], shard=row[1], key=row[2], reason=row[3])
-        tokens, replies = sum(r.tokens for r in ranks), sum(r.replies for r in ranks)
+        tokens, wrong = sum(r.tokens for r in ranks), self._wrong_tokens(ranks)
         if not tokens:
             raise DataError("no_samples", f"no sample of held-out set {name} can be used")
         figures = {
             "loss": sum(r.loss for r in ranks) / tokens,
             "token_accuracy": sum(r.best for r in ranks) / tokens,
-            "exact_match": sum(r.exact for r in ranks) / replies,
+            "exact_match": wrong.count(0) / len(wrong),
         }
         self._run.event(
             "heldout",
             task=name,
             step=step,
             **figures,
-            num_samples=replies,
+            num_samples=len(wrong),
             num_tokens=tokens,
             num_bad=len(bad),
             num_too_long=self._too_long[name],
@@ -191,6 +191,16 @@ class HeldoutEvaluation:
         )
         shown = "  ".join(f"{key} {value:.4f}" for key, value in figures.items())
         self._run.say(f"step {step} held-out {name}: {shown}")
+
+    def _wrong_tokens(self, ranks: list[_Sums]) -> list[int]:
+        """For each dialogue how many tokens are wrong; ranks that share a pack have parts of it."""
+        wrong: list[int] = []
+        for first in range(0, len(ranks), self._place.size):
+            group = ranks[first : first + self._place.size]
+            for pack in zip(*(rank.documents for rank in group), strict=True):
+                totals = [[sum(n) for n in zip(*parts, strict=True)] for parts in zip(*pack)]
+                wrong += [count for tokens, count in totals if tokens]
+        return wrong
 
 
 def heldout_every(

@@ -37,7 +37,12 @@ def register_attention() -> str:
 
 
 def packed_hidden(
-    language_model: nn.Module, embeds: Tensor, position_ids: Tensor, segments: Segments
+    language_model: nn.Module,
+    embeds: Tensor,
+    position_ids: Tensor,
+    segments: Segments,
+    *,
+    across: nn.Module | None = None,
 ) -> Tensor:
     """Run transformers' text model of the Thinker or the Talker over one pack.
 
@@ -45,7 +50,8 @@ def packed_hidden(
         language_model: with `segment_attention` as its attention.
         embeds: [1, T, H].
         position_ids: int64 [4, 1, T]; row 0 restarts at each document, rows 1-3 are TMRoPE.
-        segments: who sees whom, on the device of `embeds`.
+        segments: who sees whom, on the device of `embeds`; of the whole pack where ranks share it.
+        across: attention over the tokens of all ranks that share the pack.
 
     Returns:
         [1, T, H], after the final norm.
@@ -57,6 +63,7 @@ def packed_hidden(
         position_ids=position_ids,
         use_cache=False,
         segments=segments,
+        across=across,
     )
     hidden: Tensor = out.last_hidden_state
     return hidden
@@ -71,6 +78,7 @@ def segment_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     segments: Segments | None = None,
+    across: nn.Module | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each segment and over its ancestors, in the form of transformers.
@@ -83,6 +91,7 @@ def segment_attention(
         dropout: probability; must be 0 with segments.
         scaling: factor of the scores; 1 / sqrt(D) where None.
         segments: who sees whom.
+        across: trades tokens for heads with other ranks, and calls this again without it.
 
     Returns:
         [1, T, Hq, D] and None (no weights).
@@ -95,6 +104,12 @@ def segment_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out
+    if across is not None:
+        positions = kwargs["position_ids"]
+        exchanged: tuple[Tensor, None] = across(
+            module, query, key, value, None, dropout, scaling, segments, position_ids=positions
+        )
+        return exchanged
     assert attention_mask is None, "a mask beside segments would be ignored"
     # With dropout torch's CPU kernel is one that builds T x T.
     assert dropout == 0.0, f"attention dropout of {dropout}"

@@ -28,6 +28,7 @@ from omni_train.engine.deepspeed import (
     import_deepspeed,
     zero_init_json,
 )
+from omni_train.engine.distributed import get_world
 from omni_train.engine.groups import ParamGroup
 from omni_train.engine.run import Run
 from omni_train.models.config import ModelConfig
@@ -45,6 +46,11 @@ from omni_train.models.presets import (
     resolve_config,
     resolve_speech_config,
     talker_spec,
+)
+from omni_train.models.sequence_parallel import (
+    check_sequence_parallel,
+    refuse_sequence_parallel,
+    start_sequence_parallel,
 )
 from omni_train.models.talker import OmniForTraining, Talker, TalkerForTraining
 from omni_train.models.talker_layout import TalkerSpec
@@ -183,6 +189,7 @@ def build_omni_for_training(
         joint: whether gradients flow into the Thinker.
         fresh_talker: see `build_talker`.
     """
+    refuse_sequence_parallel(deepspeed.sequence_parallel_size, stage="a Talker stage")
     thinker_config, talker_config = by_model(model_config)
     talker = build_talker(
         talker_config,
@@ -217,8 +224,19 @@ def build_for_training(
     seed: int,
     lora: LoraConfig | None = None,
 ) -> ThinkerForTraining:
-    """Build the Thinker in the run's precision, partitioned from the start under ZeRO-3."""
-    return build_thinker(
+    """Build the Thinker in the run's precision, partitioned from the start under ZeRO-3.
+
+    All ranks must call; its `spec` says which part of a pack is this rank's.
+    """
+    text = resolve_config(model_config, tokenizer).thinker_config.text_config
+    size = deepspeed.sequence_parallel_size
+    check_sequence_parallel(
+        size,
+        world_size=get_world().size,
+        num_heads=text.num_attention_heads,
+        num_key_value_heads=text.num_key_value_heads,
+    )
+    model = build_thinker(
         model_config,
         tokenizer,
         seed=seed,
@@ -226,6 +244,10 @@ def build_for_training(
         zero3_config=zero_init_json(deepspeed),
         lora=lora,
     )
+    model.sequence = start_sequence_parallel(size, text)
+    if model.sequence is not None:
+        model.spec = replace(model.spec, sequence=model.sequence.place)
+    return model
 
 
 def build_replica(

@@ -21,6 +21,7 @@ from omni_train.models.build import (
 )
 from omni_train.models.config import ModelConfig
 from omni_train.models.presets import model_spec, resolve_speech_config
+from omni_train.models.sequence_parallel import refuse_sequence_parallel
 from omni_train.models.talker import OmniForTraining, TalkerForTraining
 from omni_train.models.thinker import ThinkerForTraining
 from omni_train.models.weights import SPEAKER_ROWS, open_source
@@ -74,6 +75,7 @@ def build_speech_model(
         deepspeed: precision and ZeRO stage.
         use: of the Thinker.
     """
+    refuse_sequence_parallel(deepspeed.sequence_parallel_size, stage="a Talker stage")
     if use is ThinkerUse.cached:
         model = build_talker(
             by_model(config)[1],

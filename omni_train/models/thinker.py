@@ -20,6 +20,7 @@ from trl.kernels import ChunkedLogProbFunction
 from omni_train.data.image import normalize_patches
 from omni_train.data.types import Batch, ModelSpec
 from omni_train.models.attention import packed_hidden, register_attention
+from omni_train.models.sequence_parallel import SequenceParallel
 from omni_train.models.weights import BuildReport
 
 # Vocabulary columns of one tile of logits; with TRL's 4,096 rows a bf16 tile takes 64 MiB.
@@ -90,6 +91,8 @@ class ThinkerForTraining(nn.Module):
         # Where each tensor came from, and what data workers must know; set by build.py.
         self.report = BuildReport()
         self.spec: ModelSpec
+        # Where ranks share packs; set by build.py.
+        self.sequence: SequenceParallel | None = None
 
     def embed(self, batch: Batch) -> Tensor:
         """Return the input embeddings [1, T, H] with all media at their places."""
@@ -103,13 +106,24 @@ class ThinkerForTraining(nn.Module):
         heard = audio(
             feature_lens=batch.mel_lengths, padded_feature=batch.mel_chunks, **batch.audio_kwargs
         ).last_hidden_state
+        if self.sequence is not None:
+            assert batch.vision_exchange is not None, "a whole pack, where ranks share packs"
+            assert batch.audio_exchange is not None, "a whole pack, where ranks share packs"
+            seen = self.sequence.exchange(seen, batch.vision_exchange)
+            heard = self.sequence.exchange(heard, batch.audio_exchange)
         flat = _place(embeds[0], batch.vision_index, seen)
         return _place(flat, batch.audio_index, heard)[None]
 
     def hidden(self, batch: Batch) -> Tensor:
         """Return the last hidden states [1, T, H], after the final norm."""
         language_model = self.thinker.model.language_model
-        return packed_hidden(language_model, self.embed(batch), batch.position_ids, batch.segments)
+        return packed_hidden(
+            language_model,
+            self.embed(batch),
+            batch.position_ids,
+            batch.segments,
+            across=self.sequence.attention if self.sequence is not None else None,
+        )
 
     def forward(self, batch: Batch, *, score: bool = False) -> Tensor:
         """Return the log-probabilities float32 [N] of the pack's supervised tokens.

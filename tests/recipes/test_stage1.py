@@ -84,11 +84,19 @@ def test_killed_and_resumed_equals_uninterrupted(corpus: Path, whole: Path, tmp_
 
 def test_one_rank_equals_two_and_accumulation_changes_nothing(corpus: Path, tmp_path: Path) -> None:
     exact = ("deepspeed.precision=fp32", "fit.max_steps=4")
+    shared = "deepspeed.sequence_parallel_size=2"
     run(overrides(corpus, tmp_path / "one", *exact), ranks=1)
     run(overrides(corpus, tmp_path / "two", *exact), ranks=2)
+    run(overrides(corpus, tmp_path / "shared", *exact, shared), ranks=2)
     one, two = trace(tmp_path / "one"), trace(tmp_path / "two")
-    # Four packs a step: four micro-steps on one rank, two on each of two.
-    for (step, loss, keys, norm, tokens), other in zip(one, two, strict=True):
-        assert (step, keys, tokens) == (other[0], other[2], other[4])
-        assert loss == pytest.approx(other[1], rel=1e-5)
-        assert norm["total"] == pytest.approx(other[3]["total"], rel=1e-4)
+    # Four packs a step: four micro-steps on one rank, two on each of two, four on two together.
+    for others in (two, trace(tmp_path / "shared")):
+        for (step, loss, keys, norm, tokens), other in zip(one, others, strict=True):
+            assert (step, keys, tokens) == (other[0], other[2], other[4])
+            assert loss == pytest.approx(other[1], rel=1e-5)
+            assert norm["total"] == pytest.approx(other[3]["total"], rel=1e-4)
+    counts = [
+        [e["num_samples"] for e in read_steps(tmp_path / name / "events.jsonl")]
+        for name in ("one", "two", "shared")
+    ]
+    assert counts[0] == counts[1] == counts[2]
