@@ -198,7 +198,8 @@ class HeldoutEvaluation:
         for first in range(0, len(ranks), self._place.size):
             group = ranks[first : first + self._place.size]
             for pack in zip(*(rank.documents for rank in group), strict=True):
-                totals = [[sum(n) for n in zip(*parts, strict=True)] for parts in zip(*pack)]
+                documents = zip(*pack, strict=True)
+                totals = [[sum(n) for n in zip(*parts, strict=True)] for parts in documents]
                 wrong += [count for tokens, count in totals if tokens]
         return wrong
 
