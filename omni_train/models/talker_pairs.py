@@ -12,6 +12,7 @@ else is as in talker_layout.py. Letters: M pairs of a pack, N targets.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -90,52 +91,78 @@ def pack_pairs(
     """
     if not layouts:
         return dummy_batch(spec), torch.zeros(1, dtype=torch.long)
-    total, start, offset = sum(document_lengths), 0, 0
-    text: list[Tensor] = []
-    codec: list[Tensor] = []
-    positions: list[Tensor] = []
-    restart: list[Tensor] = []
-    lengths: list[int] = []
-    parents: list[int] = []
-    index: list[Tensor] = []
-    targets: list[Tensor] = []
-    for layout, tokens in zip(layouts, document_lengths, strict=True):
-        prompt = layout.prompt
-        size, root = prompt.text_index.numel(), len(lengths)
-        text.append(absolute_index(prompt.text_index, start, total))
-        codec.append(prompt.codec_ids)
-        positions.append(prompt.position_ids)
-        restart.append(torch.arange(size))
-        lengths.append(size)
-        parents.append(NO_PARENT)
-        bos, offset = offset + size - 1, offset + size
-        for codes in (prompt.codes, layout.rejected):
-            count = codes.numel()
-            if not count:
-                raise DataError("empty_speech", "an answer of a pair has codes")
-            text.append(absolute_index(consumed(prompt.stream_index, count), start, total))
-            codec.append(codes)
-            positions.append(prompt.position_ids[:, -1:] + torch.arange(1, count + 1))
-            restart.append(torch.arange(size, size + count))
-            lengths.append(count)
-            parents.append(root)
-            index.append(torch.tensor([bos, *range(offset, offset + count)]))
-            targets.append(torch.cat([codes, torch.tensor([spec.codec_eos])]))
-            offset += count
-        start += tokens
-    joined = torch.cat(codec)
-    codec_index = torch.nonzero(joined >= 0).squeeze(1)
-    target_ids = torch.cat(targets)
+    total, starts = sum(document_lengths), accumulate(document_lengths, initial=0)
+    pairs = [_lay_out_pair(*of, total, spec) for of in zip(layouts, starts, strict=False)]
+    sizes = [pair.text_index.numel() for pair in pairs]
+    offsets = list(accumulate(sizes, initial=0))[:-1]
+    codec = torch.cat([pair.codec_ids for pair in pairs])
+    codec_index = torch.nonzero(codec >= 0).squeeze(1)
+    target_ids = torch.cat([pair.target_ids for pair in pairs])
+    roots = range(0, 3 * len(pairs), 3)
     batch = TalkerBatch(
-        text_index=torch.cat(text),
+        text_index=torch.cat([pair.text_index for pair in pairs]),
         codec_index=codec_index,
-        codec_ids=joined[codec_index],
-        position_ids=torch.cat([torch.cat(restart)[None], torch.cat(positions, 1)])[:, None, :],
-        segments=Segments(lengths, parents),
-        target_index=torch.cat(index),
+        codec_ids=codec[codec_index],
+        position_ids=torch.cat([pair.position_ids for pair in pairs], dim=1)[:, None, :],
+        segments=Segments(
+            [length for pair in pairs for length in pair.lengths],
+            [parent for root in roots for parent in (NO_PARENT, root, root)],
+        ),
+        target_index=torch.cat(
+            [pair.target_index + at for pair, at in zip(pairs, offsets, strict=True)]
+        ),
         target_ids=target_ids,
         target_weights=torch.ones(target_ids.numel()),
         num_target_tokens=target_ids.numel(),
     )
-    sizes = torch.tensor([answer.numel() for answer in targets])
-    return batch, torch.arange(len(targets)).repeat_interleave(sizes)
+    # An answer has a target for each code and one for the eos.
+    counts = torch.tensor([length + 1 for pair in pairs for length in pair.lengths[1:]])
+    return batch, torch.arange(len(counts)).repeat_interleave(counts)
+
+
+@dataclass(slots=True)
+class _PairParts:
+    """A pair's positions S: its prompt, the chosen answer, the rejected one.
+
+    Args:
+        text_index, codec_ids: int64 [S]; no codec id is -1.
+        position_ids: int64 [4, S].
+        lengths: of the three segments.
+        target_index, target_ids: int64 [K_w + K_l + 2], counted from the pair's first position.
+    """
+
+    text_index: Tensor
+    codec_ids: Tensor
+    position_ids: Tensor
+    lengths: list[int]
+    target_index: Tensor
+    target_ids: Tensor
+
+
+def _lay_out_pair(layout: PairLayout, start: int, total: int, spec: TalkerSpec) -> _PairParts:
+    """Lay out one pair; `start` is its document's first token among `total` of the pack."""
+    prompt = layout.prompt
+    size = prompt.text_index.numel()
+    text, codec = [prompt.text_index], [prompt.codec_ids]
+    positions = [torch.cat([torch.arange(size)[None], prompt.position_ids])]
+    lengths, index, targets = [size], [], []
+    for codes in (prompt.codes, layout.rejected):
+        count = codes.numel()
+        if not count:
+            raise DataError("empty_speech", "an answer of a pair has codes")
+        steps = torch.arange(1, count + 1)
+        text.append(consumed(prompt.stream_index, count))
+        codec.append(codes)
+        positions.append(positions[0][:, -1:] + steps)
+        # The bos, then the answer's own positions.
+        index.append(torch.cat([torch.tensor([size - 1]), sum(lengths) - 1 + steps]))
+        targets.append(torch.cat([codes, torch.tensor([spec.codec_eos])]))
+        lengths.append(count)
+    return _PairParts(
+        text_index=absolute_index(torch.cat(text), start, total),
+        codec_ids=torch.cat(codec),
+        position_ids=torch.cat(positions, dim=1),
+        lengths=lengths,
+        target_index=torch.cat(index),
+        target_ids=torch.cat(targets),
+    )
