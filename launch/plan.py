@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.failures import describe
-from launch.stages import REPO
+from launch.stages import REPO, find_stages
 from omni_train.config.errors import ConfigError, DataError
 from omni_train.engine.exit_codes import ExitCode, RunError
 
@@ -32,7 +32,10 @@ _FILLED = {
     "model.tokenizer": "model.tokenizer=tokenizer",
     "data.sources": "+data.sources={data: {path: shards}}",
     "fit.max_steps": "fit.max_steps=1000",
+    "model.init_from": "model.init_from=weights",
 }
+# Where shares and lengths of a stage's data are known, they stand for data that are not named.
+_MIXTURES = {"stage2_multimodal": "+data=mixture_7b", "stage3_long": "+data=mixture_long"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +175,14 @@ def missing_settings(recipe: str, overrides: list[str]) -> dict[str, str]:
     given = [*named, *_dotted(root)]
     if "data" in groups or "data" in named:
         given.append("data.sources")
+    if "model.parts" in ".".join(given) or find_stages(recipe)[0].starts_from == "nothing":
+        given.append("model.init_from")
+    wanted = dict(_FILLED)
+    if recipe in _MIXTURES:
+        wanted["data.sources"] = _MIXTURES[recipe]
     return {
         key: override
-        for key, override in _FILLED.items()
+        for key, override in wanted.items()
         if not any(name == key or name.startswith(f"{key}.") for name in given)
     }
 

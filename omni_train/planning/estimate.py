@@ -19,12 +19,11 @@ from transformers import PreTrainedTokenizerFast
 from omni_train.config.errors import ConfigError
 from omni_train.data.config import DataConfig
 from omni_train.data.tokenizer import load_tokenizer
-from omni_train.models.config import ModelConfig
 from omni_train.models.presets import model_spec, resolve_config
 from omni_train.planning.checks import Finding, check_plan
 from omni_train.planning.constants import Constants, Hardware
 from omni_train.planning.memory import Memory, estimate_memory
-from omni_train.planning.model import ModelSizes, measure_model, section
+from omni_train.planning.model import ModelSizes, measure_model, model_settings, section
 from omni_train.planning.reliability import Reliability, expect
 from omni_train.planning.setup import (
     checkpointing,
@@ -146,7 +145,7 @@ def plan_stage(
         ConfigError, DataError: the settings describe no model, or the indexes cannot be read.
     """
     tokenizer, hardware = _tokenizer(values, root), options.hardware
-    model = measure_model(recipe, values, tokenizer)
+    model = measure_model(recipe, values, tokenizer, root=root)
     groups = _groups(options.devices, sequence_parallel(values))
     traffic = _traffic(recipe, values, tokenizer, groups, root)
     setup = make_setup(values, model, traffic, devices=options.devices)
@@ -218,7 +217,7 @@ def _traffic(
     # A Talker's loader also needs codes and its own budgets; those packs are assumed.
     if not readable or tokenizer is None or recipe.startswith("talker"):
         return assume_traffic(recipe, data)
-    config = resolve_config(section(ModelConfig, values["model"]), tokenizer)
+    config = resolve_config(model_settings(values, root), tokenizer)
     spec = model_spec(config.thinker_config, tokenizer)
     return measure_traffic(data, tokenizer, spec, ranks=ranks, seed=int(values["run"]["seed"]))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -144,18 +145,23 @@ def trained_groups(recipe: str, values: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def measure_model(
-    recipe: str, values: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast | None
+    recipe: str,
+    values: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerFast | None,
+    *,
+    root: Path = Path(),
 ) -> ModelSizes:
     """Build a stage's model without memory and return its sizes.
 
     Args:
         recipe, values: as in `trained_groups`.
         tokenizer: the run's; None where it is not there yet, which only a released size allows.
+        root: what relative paths of the settings start from.
 
     Raises:
         ConfigError: the settings do not describe a model.
     """
-    settings: ModelConfig = section(ModelConfig, values["model"])
+    settings = model_settings(values, root)
     speech = recipe.startswith("talker")
     config = _config(settings, tokenizer, speech=speech)
     alone = values.get("thinker") == "cached"
@@ -184,6 +190,14 @@ def measure_model(
         heads=heads,
         max_positions=text.max_position_embeddings,
     )
+
+
+def model_settings(values: Mapping[str, Any], root: Path) -> ModelConfig:
+    """Return the model's settings with the directory of its weights under `root`."""
+    settings: ModelConfig = section(ModelConfig, values["model"])
+    if settings.init_from:
+        settings.init_from = str(root / settings.init_from)
+    return settings
 
 
 def section(schema: type, values: Mapping[str, Any]) -> Any:

@@ -94,7 +94,8 @@ def assume_traffic(recipe: str, config: DataConfig) -> Traffic:
         patches=PATCHES_PER_TOKEN * vision * tokens,
         frames=FRAMES_PER_TOKEN * sound * tokens,
         peak_patches=PATCHES_PER_TOKEN * tokens if vision else 0.0,
-        peak_frames=FRAMES_PER_TOKEN * tokens if sound else 0.0,
+        # Patches cost more memory; a pack that is full of them has no room for sound.
+        peak_frames=FRAMES_PER_TOKEN * tokens * (not vision and bool(sound)),
         packs_per_step=config.global_batch_packs,
         imbalance=1.0,
         supervised=1.0,
