@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.failures import check_writable
 from launch.slurm_array import add_slurm, check_alone, run_array
-from omni_train.config.errors import ConfigError
+from omni_train.config.errors import ConfigError, UnsafeError
 from omni_train.engine.exit_codes import ExitCode, RunError
 from omni_train.engine.lock import RunLock
 
@@ -171,7 +171,7 @@ def _job(args: argparse.Namespace) -> Job:
         raise FileNotFoundError(f"{args.path} is {kinds[0]}, and {rule}; give that")
     name = args.name or re.sub(r"[^A-Za-z0-9_-]+", "_", Path(args.path).resolve().stem)
     if not _NAME.fullmatch(name):
-        raise ConfigError(
+        raise UnsafeError(
             key="--name",
             value=name,
             rule="keys hold letters, digits, _ and - only",

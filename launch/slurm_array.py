@@ -21,7 +21,7 @@ from pathlib import Path
 
 from launch.failures import check_writable
 from launch.stages import REPO
-from omni_train.config.errors import ConfigError
+from omni_train.config.errors import ConfigError, UnsafeError
 
 SCRIPT_NAME = "prepare.sbatch"
 MAX_PARTS = 10_000
@@ -119,7 +119,7 @@ def array_job(args: argparse.Namespace, *, name: str) -> ArrayJob:
     for option, (pattern, rule) in OPTIONS.items():
         value = getattr(args, option)
         if value is not None and not pattern.fullmatch(value):
-            raise ConfigError(key=f"--{option}", value=value, rule=rule, remedy="correct it")
+            raise UnsafeError(key=f"--{option}", value=value, rule=rule, remedy="correct it")
     out = Path(args.out).resolve()
     if set("%\\") & set(str(out)):
         raise ConfigError(
@@ -131,7 +131,7 @@ def array_job(args: argparse.Namespace, *, name: str) -> ArrayJob:
     python = [sys.executable, "-m", "launch", "data"]
     prepare, merge = [*python, "prepare", *_arguments(args, name)], [*python, "merge", str(out)]
     if wrong := [word for word in (*prepare, *merge, str(REPO)) if not word.isprintable()]:
-        raise ConfigError(
+        raise UnsafeError(
             key="data prepare",
             value=wrong[0],
             rule="a line break or another control character has no place in a job",

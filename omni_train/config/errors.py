@@ -14,6 +14,14 @@ class ConfigError(ValueError):
         super().__init__(f"{key}={value!r}: {rule}; {remedy}")
 
 
+class UnsafeError(ConfigError):
+    """An input that is refused because reading it could run code or reach other files (code 77)."""
+
+
+class DamagedError(ConfigError):
+    """A setting that names a file which is not what it must be (exit code 65)."""
+
+
 class DataError(ValueError):
     """A sample that cannot be used. `reason` is a short code that the ledger counts by.
 

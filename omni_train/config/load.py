@@ -24,7 +24,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from omni_train.config.errors import ConfigError
+from omni_train.config.errors import ConfigError, UnsafeError
 from omni_train.config.keys import allows_key, dotted_keys, field_types, nearest_key, strip_optional
 from omni_train.config.register import Root
 from omni_train.config.safe_yaml import EXECUTABLE_KEYS, TARGET_KEY, check_yaml_files
@@ -112,7 +112,7 @@ def _check_override(root: Root, override: Override, folders: Sequence[Path]) -> 
     if key.split("/")[0].split(".")[0] == "hydra":
         if key not in _HYDRA_KEYS:
             allowed = ", ".join(sorted(_HYDRA_KEYS))
-            raise ConfigError(
+            raise UnsafeError(
                 key=key,
                 value=value,
                 rule="Hydra's plugins and logging cannot be set",
@@ -189,8 +189,8 @@ def unknown_key(root: Root, key: str, value: object) -> ConfigError:
     )
 
 
-def _executable(key: str, value: object) -> ConfigError:
-    return ConfigError(
+def _executable(key: str, value: object) -> UnsafeError:
+    return UnsafeError(
         key=key,
         value=value,
         rule="code is never chosen by a configuration",
@@ -225,7 +225,7 @@ def _check_hydra(section: DictConfig) -> None:
     }
     for name, fine in rules.items():
         if not fine:
-            raise ConfigError(
+            raise UnsafeError(
                 key=f"hydra.{name}",
                 value="(changed)",
                 rule="Hydra's plugins and logging cannot be set",
@@ -247,7 +247,7 @@ def _refuse_code(node: Any, prefix: str) -> None:
         items = iter(enumerate(node))
     else:
         if isinstance(node, str) and _RESOLVER.search(node):
-            raise ConfigError(
+            raise UnsafeError(
                 key=prefix,
                 value=node,
                 rule="a value may refer to another key, but not to the environment or a function",

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from omni_train.config.errors import ConfigError
+from omni_train.config.errors import ConfigError, UnsafeError
 
 # Keys by which Hydra's instantiate, or the standard library's logging setup, would call code.
 TARGET_KEY = "_{}_".format("target")
@@ -21,16 +21,20 @@ _MAX_BYTES = 1_000_000
 _MAX_DEPTH = 50
 
 
-def _refuse(where: str, value: object, rule: str, remedy: str) -> ConfigError:
-    return ConfigError(key=where, value=value, rule=rule, remedy=remedy)
+def _refuse(where: str, value: object, rule: str, remedy: str) -> UnsafeError:
+    return UnsafeError(key=where, value=value, rule=rule, remedy=remedy)
 
 
 def check_yaml(text: str, where: str) -> None:
-    """Raise ConfigError unless `text` is plain YAML: scalars, lists and mappings.
+    """Return if `text` is plain YAML: scalars, lists and mappings.
 
     Args:
         text: of one file.
         where: its name, for the message.
+
+    Raises:
+        UnsafeError: it has an alias, a tag, a key that names code, or is too large.
+        ConfigError: it is no YAML.
     """
     if len(text) > _MAX_BYTES:
         raise _refuse(where, len(text), f"more than {_MAX_BYTES} characters", "make it smaller")
@@ -57,7 +61,9 @@ def check_yaml(text: str, where: str) -> None:
                 )
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
-        raise _refuse(where, "(text)", f"no valid YAML: {reason}", "mend the file") from None
+        raise ConfigError(
+            key=where, value="(text)", rule=f"no valid YAML: {reason}", remedy="mend the file"
+        ) from None
 
 
 def check_yaml_files(folders: Iterable[Path]) -> None:

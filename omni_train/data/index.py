@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
@@ -28,6 +29,7 @@ from omni_train.data.types import IndexRow, MediaInfo, MediaKind, MemberPlace, S
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+KEY_PATTERN = r"[A-Za-z0-9_-]+"
 _HASH_BLOCK = 1 << 20
 
 _PLACE = pa.struct(
@@ -192,7 +194,17 @@ def read_table(
         raise DataError("corrupt_index", f"{path} is no readable Parquet file: {error}") from error
     if table is None:
         raise DataError("corrupt_index", f"{path} has other columns than this version writes")
+    if "key" in table.column_names:
+        _check_keys(table.column("key"), path)
     return table
+
+
+def _check_keys(keys: pa.ChunkedArray, path: str | Path) -> None:
+    """Refuse keys that no indexer writes: waves, pages and pictures are named after them."""
+    good = pc.match_substring_regex(keys, rf"\A{KEY_PATTERN}\z")
+    if not pc.all(good, min_count=0).as_py():
+        bad = keys.filter(pc.invert(good))[0].as_py()
+        raise DataError("corrupt_index", f"{path} has the key {bad!r}: letters, digits, _ and -")
 
 
 def _read_columns(file: pq.ParquetFile, columns: Sequence[str] | None) -> pa.Table | None:

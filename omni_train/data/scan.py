@@ -29,11 +29,12 @@ from omni_train.data.chatml import (
     split_reply,
     spoken_member,
 )
+from omni_train.data.index import KEY_PATTERN
 from omni_train.data.media import probe, probe_pictures
 from omni_train.data.types import IndexRow, MediaInfo, MemberPlace, SpeechInfo
 from omni_train.speech.codec import parse_codes
 
-_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_KEY = re.compile(KEY_PATTERN)
 _BLOCK = 512
 _NAME_FIELD = 100
 # Which codec made codes is not known here; a worker holds them to the model's codebook.

@@ -24,16 +24,22 @@ from typing import Any
 
 import xxhash
 
+from omni_train.engine.exit_codes import ExitCode, RunError
 from omni_train.engine.hashing import file_hash
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
 _STEP_NAME = re.compile(r"step-(\d+)")
+# What cannot be the name of a directory with frozen weights.
+_FROZEN_NAME = re.compile(r"^(?!frozen-[A-Za-z0-9]+\Z).+", re.DOTALL)
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used; the message names the file and the reason."""
+class CheckpointError(RunError):
+    """A checkpoint that cannot be used (exit code 65); the message names file and reason."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(ExitCode.bad_data, message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +101,26 @@ class Manifest:
         try:
             body = json.loads(path.read_text(encoding="utf-8"))
             own = body.pop("xxh3")
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{path}: unreadable manifest ({error})") from None
+        except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as e:
+            raise CheckpointError(f"{path}: unreadable manifest ({e})") from None
         if own != _body_hash(body):
             raise CheckpointError(f"{path}: its xxh3 does not match its contents")
-        if body.pop("format") != FORMAT:
+        if body.pop("format", None) != FORMAT:
             raise CheckpointError(f"{path}: this code reads format {FORMAT} only")
-        for key in ("files", "frozen_files"):
-            body[key] = {name: FileRecord(**record) for name, record in body[key].items()}
-        return Manifest(**body)
+        try:
+            for key in ("files", "frozen_files"):
+                body[key] = {name: FileRecord(**record) for name, record in body[key].items()}
+            manifest = Manifest(**body)
+            names = [*manifest.files, *manifest.frozen_files]
+            # A checkpoint of somebody else's is input: it may only name files of its own.
+            outside = [n for n in names if Path(n).name != n] + _FROZEN_NAME.findall(
+                manifest.frozen
+            )
+        except (TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: not a manifest ({error})") from None
+        if outside:
+            raise CheckpointError(f"{path}: names files outside of the checkpoint: {outside[:3]}")
+        return manifest
 
 
 def _body_hash(body: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ import sys
 from enum import IntEnum
 from typing import NoReturn
 
-from omni_train.config.errors import ConfigError, DataError
+from omni_train.config.errors import ConfigError, DamagedError, DataError, UnsafeError
 
 
 class ExitCode(IntEnum):
@@ -46,10 +46,12 @@ def exit_code_of(error: BaseException) -> ExitCode:
     """Return the exit code that an exception stands for."""
     if isinstance(error, RunError):
         return error.code
+    if isinstance(error, UnsafeError):
+        return ExitCode.refused
+    if isinstance(error, DataError | DamagedError):
+        return ExitCode.bad_data
     if isinstance(error, ConfigError):
         return ExitCode.usage
-    if isinstance(error, DataError):
-        return ExitCode.bad_data
     if isinstance(error, FileNotFoundError):
         return ExitCode.missing_input
     if isinstance(error, OSError) and error.errno in _DISK_ERRNOS:

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from omni_train.config.errors import ConfigError
+from omni_train.config.errors import ConfigError, DamagedError
 from omni_train.engine.checkpoint_files import MANIFEST, CheckpointError, step_folders
 from omni_train.engine.checkpoint_reader import CheckpointReader
+from omni_train.engine.foreign import refuse_pickles
 from omni_train.models.lora import MergedReader, lora_of
 from omni_train.models.talker_layout import TalkerSpec
 
@@ -115,7 +116,7 @@ class StoredTensors:
         try:
             tensor: Tensor = self._files[file].get_tensor(stored)
         except SafetensorError as error:
-            raise _unusable(self.path, f"{file} does not hold {stored} ({error})") from error
+            raise _damaged(self.path, f"{file} does not hold {stored} ({error})") from error
         return tensor
 
 
@@ -158,7 +159,7 @@ class CheckpointSource:
             that wrote it, by dotted key.
 
     Raises:
-        ConfigError: a file of it is missing or damaged.
+        DamagedError: a file of it is missing or not what was written.
     """
 
     def __init__(self, path: str) -> None:
@@ -169,7 +170,7 @@ class CheckpointSource:
             lora = lora_of(reader.notes(), reader.path)
             self._reader = reader if lora is None else MergedReader(reader, lora)
         except CheckpointError as error:
-            raise _unusable(path, str(error)) from error
+            raise _damaged(path, str(error)) from error
         self.settings: dict[str, Any] = reader.manifest.fingerprint.get("config", {})
 
     def names(self) -> set[str]:
@@ -250,16 +251,17 @@ def _stored_tensors(directory: Path) -> list[tuple[str, str]]:
             weight_map = json.loads(index.read_text())["weight_map"]
             pairs = [(str(name), str(file)) for name, file in weight_map.items()]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _unusable(str(directory), f"{INDEX_FILE} cannot be read ({error!r})") from error
+            raise _damaged(str(directory), f"{INDEX_FILE} cannot be read ({error!r})") from error
         for name, file in pairs:
             # The index is input: it may only name files beside it.
             if Path(file).name != file or not (directory / file).is_file():
-                raise _unusable(str(directory), f"{name} should be in {file!r}, which is not there")
+                raise _damaged(str(directory), f"{name} should be in {file!r}, which is not there")
         return pairs
     # Some releases keep the same weights in another precision beside it.
     alone = directory / "model.safetensors"
     files = [alone] if alone.is_file() else sorted(directory.glob("*.safetensors"))
     if not files:
+        refuse_pickles(directory, key="model.init_from")
         raise _unusable(str(directory), "there is no safetensors file in it")
     return [(name, file.name) for file in files for name in _names(file)]
 
@@ -272,13 +274,17 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise _unusable(str(file), f"the file cannot be read ({error})") from error
+        raise _damaged(str(file), f"the file cannot be read ({error})") from error
 
 
-def _unusable(path: str, rule: str) -> ConfigError:
-    return ConfigError(
+def _unusable(path: str, rule: str, error: type[ConfigError] = ConfigError) -> ConfigError:
+    return error(
         key="model.init_from",
         value=path,
         rule=rule,
         remedy="give a checkpoint, a run, or a directory with the safetensors of Qwen2.5-Omni",
     )
+
+
+def _damaged(path: str, rule: str) -> ConfigError:
+    return _unusable(path, rule, DamagedError)

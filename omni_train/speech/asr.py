@@ -16,12 +16,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from omni_train.config.errors import ConfigError, DataError
+from omni_train.engine.foreign import refuse_pickles
 
 SAMPLE_RATE_HZ = 16_000
 _PADDING_S = 0.3
@@ -132,6 +134,7 @@ class WhisperRecognizer:
     def __init__(self, path: str, language: str = "", device: str = "cpu") -> None:
         from transformers import WhisperForConditionalGeneration, WhisperProcessor, pipeline
 
+        refuse_pickles(Path(path), key="asr.path")
         try:
             processor = WhisperProcessor.from_pretrained(path, local_files_only=True)
             model: Any = WhisperForConditionalGeneration.from_pretrained(

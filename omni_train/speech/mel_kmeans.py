@@ -34,7 +34,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers.audio_utils import mel_filter_bank
 
-from omni_train.config.errors import ConfigError, DataError
+from omni_train.config.errors import ConfigError, DamagedError, DataError
 from omni_train.data.index import write_atomically
 from omni_train.speech.codec import (
     CodecKind,
@@ -225,7 +225,8 @@ class MelKMeansCodec:
                 raise ValueError(f"{_WEIGHTS_FILE} holds {sorted(tensors)}, not centroids alone")
             return cls(settings, tensors["centroids"])
         except (OSError, ValueError, RecursionError, SafetensorError) as error:
-            raise ConfigError(
+            refused = ConfigError if isinstance(error, OSError) else DamagedError
+            raise refused(
                 key="codec.path",
                 value=str(path),
                 rule=f"no usable mel_kmeans codec: {error}",

@@ -14,12 +14,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from omni_train.config.errors import ConfigError
+from omni_train.engine.foreign import refuse_pickles
 from omni_train.speech.codec import check_wave
 from omni_train.speech.mel import log_mel
 
@@ -164,6 +166,7 @@ class WavLmVoices:
     def __init__(self, path: str, device: torch.device | None = None) -> None:
         from transformers import WavLMForXVector
 
+        refuse_pickles(Path(path), key="similarity.path")
         try:
             model: Any = WavLMForXVector.from_pretrained(
                 path, local_files_only=True, use_safetensors=True

@@ -26,6 +26,7 @@ from transformers import Qwen2_5OmniToken2WavConfig, Qwen2_5OmniToken2WavModel
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import RungeKutta4ODESolver
 
 from omni_train.config.errors import ConfigError, DataError
+from omni_train.engine.foreign import load_tensors
 from omni_train.models.weights import SafetensorsSource
 from omni_train.speech.codec import Speaker, arriving, check_codes
 
@@ -282,8 +283,7 @@ def load_speakers(path: str | Path) -> dict[str, Speaker]:
         ConfigError: no such file, or it holds something else; nothing in it is executed.
     """
     try:
-        # Restricted to tensors and plain containers; torch's floor is the version that mends it.
-        table = torch.load(path, map_location="cpu", weights_only=True)
+        table = load_tensors(Path(path), key="speakers")
         speakers = {
             str(name): Speaker(str(name), entry["cond"].float(), entry["ref_mel"].float())
             for name, entry in table.items()
@@ -291,6 +291,8 @@ def load_speakers(path: str | Path) -> dict[str, Speaker]:
         for speaker in speakers.values():
             if speaker.cond.ndim != 2 or speaker.ref_mel.ndim != 3:
                 raise DataError("bad_speaker", f"{speaker.name} has other shapes")
+    except ConfigError:
+        raise
     except Exception as error:
         raise ConfigError(
             key="speakers",
