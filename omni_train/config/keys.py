@@ -71,13 +71,22 @@ def _likeness(given: str, real: str) -> float:
     return 0.5 * ratio + 0.5 * last
 
 
+def _with_names_of(given: str, key: str) -> str:
+    names = given.split(".")
+    parts = enumerate(key.split("."))
+    return ".".join(names[at] if part == "*" and at < len(names) else part for at, part in parts)
+
+
 def nearest_key(given: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
     """Return the real key most like the mistyped `given`; None where nothing comes near.
 
     The last name counts as much as the whole path, so that a right name in a wrong or absent
-    section is found too.
+    section is found too. In a mapping, `*` stands for the name that was given there.
     """
     folded = given.lower().replace("-", "_")
-    scored = [(_likeness(folded, key.lower()), -len(key), key) for key in known]
+    scored = [
+        (_likeness(folded, key.lower()), -len(key), key)
+        for key in (_with_names_of(given, key) for key in known)
+    ]
     best = max(scored, default=(0.0, 0, ""))
     return best[2] if best[0] >= cutoff else None
