@@ -1,4 +1,4 @@
-"""`omni-train demo`: corpus, text LM, both stage-1 towers in two phases, and their evaluation.
+"""`omni-train demo`: corpus, text LM, stages 1 to 3 of the Thinker, and their evaluation.
 
 `--talker` goes on with the codec and the Talker, `--controls` with the comparisons behind the
 claims, each from the checkpoints of what came before.
@@ -82,6 +82,9 @@ STAGES: tuple[Stage | Codes, ...] = (
     Stage("evaluate_audio_adapter", "evaluate"),
     Stage("evaluate_audio_encoder", "evaluate"),
     Stage("evaluate_vision_encoder", "evaluate"),
+    Stage("stage2_multimodal", "stage2_multimodal", quick_steps=4),
+    Stage("stage3_long", "stage3_long", quick_steps=4),
+    Stage("evaluate_stage3", "evaluate"),
 )
 TALKER: tuple[Stage | Codes, ...] = (
     Stage("speech_codec", "speech_codec"),

@@ -24,6 +24,8 @@ _LOSS_STEPS = 5
 # What the demo promises on held-out content; rates are 0..1.
 MAX_ASR_WER = 0.15
 MIN_CAPTION_ACCURACY = 0.75
+MAX_ASR_WER_STAGE3 = 0.10
+MIN_STAGE3_ACCURACY = {"picture_accuracy": 0.85, "av_accuracy": 0.80}
 MAX_CODEC_WER = 0.05
 # Of the demo's own Talker, half of whose texts are wrong, and of the control's.
 MAX_TALKER_WER = {"talker_wer_icl": 0.5, "talker_wer_icl_clean": 0.12}
@@ -106,9 +108,17 @@ def summarise(root: Path, *, stages: list[str], seconds: float) -> dict[str, Any
             "raw_speech_wer": {
                 name: voice["wer"] for name, voice in corpus["voices"].items() if voice["kept"]
             },
+            **thinker_scores(root),
             **speech_rates(root),
         },
     }
+
+
+def thinker_scores(root: Path) -> dict[str, float]:
+    """Scores of the Thinker of stage 3; none where it has not been evaluated."""
+    scores = scores_of(root / "evaluate_stage3")
+    keys = {"asr": "asr_wer_stage3", "picture": "picture_accuracy", "av": "av_accuracy"}
+    return {keys[task]: float(score["value"]) for task, score in scores.items()}
 
 
 def speech_rates(root: Path) -> dict[str, Any]:
@@ -168,7 +178,17 @@ def failures(summary: dict[str, Any], *, quick: bool) -> list[str]:
     if metrics["caption_accuracy"] < MIN_CAPTION_ACCURACY:
         low = metrics["caption_accuracy"]
         found.append(f"caption accuracy {low:.3f} is below {MIN_CAPTION_ACCURACY}")
-    return found + _speech_failures(metrics)
+    return found + _thinker_failures(metrics) + _speech_failures(metrics)
+
+
+def _thinker_failures(metrics: dict[str, Any]) -> list[str]:
+    found = []
+    if (wer := metrics.get("asr_wer_stage3", 0.0)) > MAX_ASR_WER_STAGE3:
+        found.append(f"ASR WER after stage 3 {wer:.3f} is above {MAX_ASR_WER_STAGE3}")
+    for key, least in MIN_STAGE3_ACCURACY.items():
+        if metrics.get(key, 1.0) < least:
+            found.append(f"{key} {metrics[key]:.3f} is below {least}")
+    return found
 
 
 def _speech_failures(metrics: dict[str, Any]) -> list[str]:
@@ -192,6 +212,12 @@ def _rows(metrics: dict[str, Any]) -> list[tuple[str, str, float]]:
         ("ASR WER after stage 1", "jiwer", metrics["asr_wer_stage1"]),
         ("captions right, word for word", "exact match", metrics["caption_accuracy"]),
     ]
+    names = {
+        "asr_wer_stage3": ("ASR WER after stage 3", "jiwer"),
+        "picture_accuracy": ("questions about pictures right, after stage 3", "exact match"),
+        "av_accuracy": ("questions about clips right, after stage 3", "exact match"),
+    }
+    rows += [(*said, metrics[key]) for key, said in names.items() if key in metrics]
     if "codec_wer" in metrics:
         worst = max(metrics["codec_wer"].values())
         rows.append(("WER after the codec, worst voice kept", heard, worst))

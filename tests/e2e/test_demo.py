@@ -61,6 +61,7 @@ def test_summary_has_what_was_promised(done: tuple[Path, str, str]) -> None:
     assert {"torch", "deepspeed", "transformers"} <= set(summary["versions"])
     metrics = summary["metrics"]
     assert {"asr_wer_before_encoder", "asr_wer_stage1", "caption_accuracy"} <= set(metrics)
+    assert {"asr_wer_stage3", "picture_accuracy", "av_accuracy"} <= set(metrics)
     assert all(wer <= 0.05 for wer in metrics["raw_speech_wer"].values())
     assert "all promises held" in output
 
@@ -97,6 +98,9 @@ def summary_with(**changes: Any) -> dict[str, Any]:
         "asr_wer_before_encoder": 0.9,
         "asr_wer_stage1": 0.1,
         "caption_accuracy": 0.9,
+        "asr_wer_stage3": 0.1,
+        "picture_accuracy": 0.85,
+        "av_accuracy": 0.8,
         "codec_wer": {"en-us": 0.0},
         "talker_wer_icl": {"mean": 0.3},
         "talker_wer_icl_clean": {"mean": 0.1},
@@ -115,6 +119,9 @@ def summary_with(**changes: Any) -> dict[str, Any]:
         ({"asr_wer_stage1": 0.2}, "above 0.15"),
         ({"asr_wer_before_encoder": 0.05}, "did not fall"),
         ({"caption_accuracy": 0.7}, "below 0.75"),
+        ({"asr_wer_stage3": 0.11}, "after stage 3 0.110 is above 0.1"),
+        ({"picture_accuracy": 0.84}, "picture_accuracy 0.840 is below 0.85"),
+        ({"av_accuracy": 0.79}, "av_accuracy 0.790 is below 0.8"),
         ({"codec_wer": {"en-us": 0.01, "en-gb": 0.06}}, "en-gb after the codec 0.060"),
         ({"talker_wer_icl": {"mean": 0.51}}, "above 0.5"),
         ({"talker_wer_icl_clean": {"mean": 0.13}}, "above 0.12"),
