@@ -9,7 +9,7 @@ decoding without its cost; of a dialogue all replies must be. Decoded scores are
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -170,7 +170,8 @@ class HeldoutEvaluation:
         bad = [row for rank in ranks for row in rank.bad]
         for row in bad:
             self._run.ledger(source=row[0], shard=row[1], key=row[2], reason=row[3])
-        tokens, wrong = sum(r.tokens for r in ranks), self._wrong_tokens(ranks)
+        tokens = sum(r.tokens for r in ranks)
+        wrong = wrong_tokens([r.documents for r in ranks], group_size=self._place.size)
         if not tokens:
             raise DataError("no_samples", f"no sample of held-out set {name} can be used")
         figures = {
@@ -192,16 +193,22 @@ class HeldoutEvaluation:
         shown = "  ".join(f"{key} {value:.4f}" for key, value in figures.items())
         self._run.say(f"step {step} held-out {name}: {shown}")
 
-    def _wrong_tokens(self, ranks: list[_Sums]) -> list[int]:
-        """For each dialogue how many tokens are wrong; ranks that share a pack have parts of it."""
-        wrong: list[int] = []
-        for first in range(0, len(ranks), self._place.size):
-            group = ranks[first : first + self._place.size]
-            for pack in zip(*(rank.documents for rank in group), strict=True):
-                documents = zip(*pack, strict=True)
-                totals = [[sum(n) for n in zip(*parts, strict=True)] for parts in documents]
-                wrong += [count for tokens, count in totals if tokens]
-        return wrong
+
+def wrong_tokens(documents: Sequence[list[list[tuple[int, int]]]], *, group_size: int) -> list[int]:
+    """Return for each dialogue how many of its tokens are wrong.
+
+    Args:
+        documents: of each rank: of each pack, for each dialogue: (supervised tokens, wrong ones).
+        group_size: neighbouring ranks that share packs, so that each has a part of a dialogue.
+    """
+    wrong: list[int] = []
+    for first in range(0, len(documents), group_size):
+        for pack in zip(*documents[first : first + group_size], strict=True):
+            # One rank's numbers after the other's, for each dialogue.
+            for parts in zip(*pack, strict=True):
+                tokens, count = (sum(part) for part in zip(*parts, strict=True))
+                wrong += [count] if tokens else []
+    return wrong
 
 
 def heldout_every(
