@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_checks(add)
     _add_runs(add)
+    _add_export(add)
     _add_data(add)
     _add_talker(add)
     return parser
@@ -129,6 +130,19 @@ def _add_runs(add: Add) -> None:
             "--stop-s", type=int, help="seconds to save in when asked to stop; default as measured"
         )
     config.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_export(add: Add) -> None:
+    from launch.export import add_export
+
+    add_export(
+        add(
+            "export",
+            "Write a checkpoint as a complete Hugging Face directory.",
+            "omni-train export runs/sft exports/sft --base Qwen2.5-Omni-7B --licence apache-2.0",
+            "omni-train export runs/talker exports/talker --codec runs/codec",
+        )
+    )
 
 
 def _add_data(add: Add) -> None:
@@ -305,6 +319,12 @@ def _train(args: argparse.Namespace) -> int:
     )
 
 
+def _export(args: argparse.Namespace) -> int:
+    from launch.export import run_export
+
+    return run_export(args)
+
+
 def _data(args: argparse.Namespace) -> int:
     from launch.data import run_data
 
@@ -326,4 +346,5 @@ _COMMANDS = {
     "plan": _plan,
     "train": _train,
     "evaluate": _train,
+    "export": _export,
 }

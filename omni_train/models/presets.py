@@ -202,6 +202,10 @@ def read_config(path: Path) -> Qwen2_5OmniConfig:
             remedy="give a directory saved by transformers, or our own checkpoint",
         ) from error
     _complete(config.thinker_config)
+    notes = raw.get("omni_train")
+    if isinstance(notes, dict) and notes.get("talker") is True:
+        # An export whose codec is not Token2Wav: transformers must leave its Talker alone.
+        config.enable_audio_output = True
     return config
 
 
@@ -452,12 +456,13 @@ def _tiny_talker(tokenizer: PreTrainedTokenizerFast, sizes: TinySizes) -> Qwen2_
 def _talker_config(**values: Any) -> Qwen2_5OmniTalkerConfig:
     # transformers warns of each text id: it measures them by the codec table's rows, but they
     # are rows of the Thinker's table.
-    with _quiet():
+    with quiet():
         return Qwen2_5OmniTalkerConfig(**values)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Keep transformers from warning of ids that it measures by the wrong table."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -482,7 +487,7 @@ def _known_fields(cls: Any, raw: dict[str, Any]) -> Any:
     for key, sub in cls.sub_configs.items():
         if isinstance(raw.get(key), dict):
             kept[key] = _known_fields(sub, raw[key])
-    with _quiet():
+    with quiet():
         return cls(**kept)
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints to complete Hugging Face directories of the whole model."""
