@@ -1,7 +1,7 @@
 """`omni-train demo`: corpus, text LM, stages 1 to 3 of the Thinker, and their evaluation.
 
-`--talker` goes on with the codec and the Talker, `--controls` with the comparisons behind the
-claims, each from the checkpoints of what came before.
+`--talker` goes on with the codec, the Talker, its preferences and a new voice, `--controls` with
+the comparisons behind the claims, each from the checkpoints of what came before.
 
 Every stage is the recipe that a cluster would run, on two ZeRO-3 CPU ranks, with settings from
 `conf/experiment/demo/`. A stage that is done is not run again, so the same command continues where
@@ -25,6 +25,7 @@ from rich.table import Column
 
 from launch.data import make_corpus
 from launch.demo_report import keep_audio, print_summary, summarise, write_summary
+from launch.demo_work import Codes, Pairs, Ranking, Work
 from launch.local import run_recipe
 from launch.stages import REPO
 from omni_train.config.errors import ConfigError, DataError
@@ -45,6 +46,7 @@ class Stage:
         name: of its run directory, its experiment file and its row in the tables.
         recipe: script under `recipes/`.
         quick_steps: global steps under `--quick`; 0 for what has none.
+        quick_overrides: what differs under `--quick` besides.
         experiment: file, where it is another stage's.
         overrides: what differs from that file.
     """
@@ -54,26 +56,21 @@ class Stage:
     quick_steps: int = 0
     experiment: str = ""
     overrides: tuple[str, ...] = ()
+    quick_overrides: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Codes:
-    """Codes for one set of spoken replies, by the codec of the demo.
-
-    Args:
-        subset: directory under `corpus/`, and under `codes/`.
-    """
-
-    subset: str
-
-    @property
-    def name(self) -> str:
-        """Of its row on the screen."""
-        return f"codes_{Path(self.subset).name}"
+def _speech_of(name: str) -> Stage:
+    """The evaluation of another stage's Talker, on the same requests with the same seeds."""
+    return Stage(
+        f"evaluate_{name}",
+        "evaluate",
+        experiment="evaluate_talker_icl",
+        overrides=(f"model.init_from=runs/${{run.experiment}}/{name}",),
+    )
 
 
 # What starts from what stands in the experiments, as `model.init_from`.
-STAGES: tuple[Stage | Codes, ...] = (
+STAGES: tuple[Stage | Work, ...] = (
     Stage("text_lm", "text_lm", quick_steps=8),
     Stage("stage1_audio_adapter", "stage1_audio", quick_steps=4),
     Stage("stage1_audio_encoder", "stage1_audio", quick_steps=6),
@@ -86,14 +83,49 @@ STAGES: tuple[Stage | Codes, ...] = (
     Stage("stage3_long", "stage3_long", quick_steps=4),
     Stage("evaluate_stage3", "evaluate"),
 )
-TALKER: tuple[Stage | Codes, ...] = (
+TALKER: tuple[Stage | Work, ...] = (
     Stage("speech_codec", "speech_codec"),
     Codes("train/speech_noisy"),
     Stage("talker_icl", "talker_icl", quick_steps=6),
     Stage("evaluate_talker_icl", "evaluate"),
+    # Preferences: candidates, their ranking, pairs, DPO, and what it is compared with.
+    Stage(
+        "talker_candidates",
+        "talker_candidates",
+        quick_overrides=(
+            "requests.path=runs/${run.experiment}/codes/train/speech_noisy",
+            "requests.recordings=true",
+            "requests.sampling.num_samples=2",
+            "requests.limit=8",
+        ),
+    ),
+    Ranking(),
+    Pairs(),
+    Stage("talker_dpo", "talker_dpo", quick_steps=4),
+    Stage(
+        "talker_sft_control",
+        "talker_dpo",
+        quick_steps=4,
+        experiment="talker_dpo",
+        overrides=(
+            "preference.loss=sft",
+            "preference.sft_weight=0",
+            "reference_dir=runs/${run.experiment}/talker_dpo/reference",
+        ),
+    ),
+    _speech_of("talker_dpo"),
+    _speech_of("talker_sft_control"),
+    Codes("train/speaker"),
+    Stage("talker_speaker_sft", "talker_speaker_sft", quick_steps=4),
+    Stage(
+        "evaluate_talker_speaker",
+        "evaluate",
+        # The small corpus has three recordings of a voice.
+        quick_overrides=("speech.new.voices.per_voice=1",),
+    ),
 )
 # The same Talker on the same speech with the right texts.
-CONTROLS: tuple[Stage | Codes, ...] = (
+CONTROLS: tuple[Stage | Work, ...] = (
     Codes("train/speech"),
     Stage(
         "talker_icl_clean",
@@ -102,12 +134,7 @@ CONTROLS: tuple[Stage | Codes, ...] = (
         experiment="talker_icl",
         overrides=("data.sources.speech.path=runs/${run.experiment}/codes/train/speech",),
     ),
-    Stage(
-        "evaluate_talker_icl_clean",
-        "evaluate",
-        experiment="evaluate_talker_icl",
-        overrides=("model.init_from=runs/${run.experiment}/talker_icl_clean",),
-    ),
+    _speech_of("talker_icl_clean"),
 )
 
 
@@ -182,10 +209,10 @@ def run_demo(
     with _bars(console) as progress:
         code = _make_corpus(root, progress, quick=quick, seed=seed)
         for step in steps if code == 0 else ():
-            if isinstance(step, Codes):
-                code = _add_codes(step, root, progress, quick=quick)
-            else:
+            if isinstance(step, Stage):
                 code = _run_stage(step, root, progress, quick=quick, seed=seed)
+            else:
+                code = _do_work(step, root, progress, quick=quick)
             if code != 0:
                 break
     if code != 0:
@@ -235,35 +262,18 @@ def _make_corpus(root: Path, progress: Progress, *, quick: bool, seed: int | Non
     return 0
 
 
-def _add_codes(step: Codes, root: Path, progress: Progress, *, quick: bool) -> int:
-    """Write the set again with codes beside the speech, or find it finished."""
+def _do_work(step: Work, root: Path, progress: Progress, *, quick: bool) -> int:
+    """Do what no recipe does, or find it done."""
     from launch.failures import describe
 
-    task = progress.add_task(step.name, total=None, detail="codes beside the speech")
-
-    def done(line: str) -> None:
-        progress.update(task, detail=line)
-
+    task = progress.add_task(step.name, total=None, detail="")
     try:
-        from data_pipelines.codes import add_codes
-        from omni_train.speech.codec import CodecConfig
-
-        made = add_codes(
-            root / "corpus" / step.subset,
-            root / "codes" / step.subset,
-            CodecConfig(path=str(root / "speech_codec")),
-            tokenizer_dir=str(root / "corpus" / "tokenizer"),
-            # A worker would take longer to start than a small set takes.
-            num_workers=0 if quick else RANKS,
-            report=done,
-        )
+        detail = step(root, lambda line: progress.update(task, detail=line), quick=quick)
     except (ConfigError, DataError, OSError) as error:
         code, text = describe(error)
         progress.console.print(text)
         return int(code)
-    assert made is not None, "all parts at once"
-    num_samples = sum(shard.num_samples for shard in made.shards)
-    progress.update(task, total=1, completed=1, detail=f"{num_samples} spoken replies")
+    progress.update(task, total=1, completed=1, detail=detail)
     return 0
 
 
@@ -273,6 +283,7 @@ def overrides_of(stage: Stage, root: Path, *, quick: bool, seed: int | None) -> 
     overrides += [f"run.experiment={root.name}", *stage.overrides]
     if quick and stage.quick_steps:
         overrides.append(f"fit.max_steps={stage.quick_steps}")
+    overrides += stage.quick_overrides if quick else ()
     if seed is not None:
         overrides.append(f"run.seed={seed}")
     return overrides

@@ -16,6 +16,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from launch.demo_talker import scores_of, speech_failures, speech_rates, speech_rows
 from omni_train.engine.exit_codes import ExitCode
 from omni_train.tracking.events import read_jsonl, read_steps
 
@@ -26,9 +27,6 @@ MAX_ASR_WER = 0.15
 MIN_CAPTION_ACCURACY = 0.75
 MAX_ASR_WER_STAGE3 = 0.10
 MIN_STAGE3_ACCURACY = {"picture_accuracy": 0.85, "av_accuracy": 0.80}
-MAX_CODEC_WER = 0.05
-# Of the demo's own Talker, half of whose texts are wrong, and of the control's.
-MAX_TALKER_WER = {"talker_wer_icl": 0.5, "talker_wer_icl_clean": 0.12}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +73,6 @@ def stage_result(run_dir: Path) -> StageResult:
     )
 
 
-def scores_of(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """Return the last `evaluation` event of each task of a run; none where it never ran."""
-    log = run_dir / "events.jsonl"
-    events = read_jsonl(log) if log.exists() else ()
-    return {event["task"]: event for event in events if event["kind"] == "evaluation"}
-
-
 def summarise(root: Path, *, stages: list[str], seconds: float) -> dict[str, Any]:
     """Return the content of `summary.json`.
 
@@ -119,20 +110,6 @@ def thinker_scores(root: Path) -> dict[str, float]:
     scores = scores_of(root / "evaluate_stage3")
     keys = {"asr": "asr_wer_stage3", "picture": "picture_accuracy", "av": "av_accuracy"}
     return {keys[task]: float(score["value"]) for task, score in scores.items()}
-
-
-def speech_rates(root: Path) -> dict[str, Any]:
-    """Word error rates of speech, through the codec and sampled, of the runs that there are."""
-    found: dict[str, Any] = {}
-    if voices := scores_of(root / "speech_codec").values():
-        found["codec_wer"] = {score["voice"]: score["value"] for score in voices}
-    for key in MAX_TALKER_WER:
-        scores = scores_of(root / key.replace("talker_wer", "evaluate_talker"))
-        if "tts" in scores:
-            rates, count = scores["tts"]["figures"], scores["tts"]["num_samples"]
-            found[key] = {"mean": rates["wer"], "low": rates["low"], "high": rates["high"]}
-            found[key]["n"] = count
-    return found
 
 
 def keep_audio(root: Path) -> None:
@@ -178,7 +155,7 @@ def failures(summary: dict[str, Any], *, quick: bool) -> list[str]:
     if metrics["caption_accuracy"] < MIN_CAPTION_ACCURACY:
         low = metrics["caption_accuracy"]
         found.append(f"caption accuracy {low:.3f} is below {MIN_CAPTION_ACCURACY}")
-    return found + _thinker_failures(metrics) + _speech_failures(metrics)
+    return found + _thinker_failures(metrics) + speech_failures(metrics)
 
 
 def _thinker_failures(metrics: dict[str, Any]) -> list[str]:
@@ -191,23 +168,11 @@ def _thinker_failures(metrics: dict[str, Any]) -> list[str]:
     return found
 
 
-def _speech_failures(metrics: dict[str, Any]) -> list[str]:
-    found = [
-        f"WER of {voice} after the codec {rate:.3f} is above {MAX_CODEC_WER}"
-        for voice, rate in metrics.get("codec_wer", {}).items()
-        if rate > MAX_CODEC_WER
-    ]
-    for key, most in MAX_TALKER_WER.items():
-        if key in metrics and metrics[key]["mean"] > most:
-            found.append(f"{key} {metrics[key]['mean']:.3f} is above {most}")
-    return found
-
-
-def _rows(metrics: dict[str, Any]) -> list[tuple[str, str, float]]:
+def _rows(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
     """What is measured, by whom, and the figure."""
-    heard = "PocketSphinx, jiwer"
+    raw = max(metrics["raw_speech_wer"].values())
     rows = [
-        ("WER of the raw speech, worst voice kept", heard, max(metrics["raw_speech_wer"].values())),
+        ("WER of the raw speech, worst voice kept", "PocketSphinx, jiwer", raw),
         ("ASR WER before the encoder phase", "jiwer", metrics["asr_wer_before_encoder"]),
         ("ASR WER after stage 1", "jiwer", metrics["asr_wer_stage1"]),
         ("captions right, word for word", "exact match", metrics["caption_accuracy"]),
@@ -218,13 +183,8 @@ def _rows(metrics: dict[str, Any]) -> list[tuple[str, str, float]]:
         "av_accuracy": ("questions about clips right, after stage 3", "exact match"),
     }
     rows += [(*said, metrics[key]) for key, said in names.items() if key in metrics]
-    if "codec_wer" in metrics:
-        worst = max(metrics["codec_wer"].values())
-        rows.append(("WER after the codec, worst voice kept", heard, worst))
-    for key, texts in (("talker_wer_icl", "half of them wrong"), ("talker_wer_icl_clean", "right")):
-        if key in metrics:
-            rows.append((f"WER of the Talker, texts {texts}", heard, metrics[key]["mean"]))
-    return rows
+    shown = [(measure, by, f"{100 * value:.1f} %") for measure, by, value in rows]
+    return shown + speech_rows(metrics)
 
 
 def print_summary(console: Console, summary: dict[str, Any], root: Path, *, quick: bool) -> int:
@@ -249,7 +209,7 @@ def print_summary(console: Console, summary: dict[str, Any], root: Path, *, quic
     for name in ("measure", "by", "value"):
         scores.add_column(name, justify="right" if name == "value" else "left")
     for measure, by, value in _rows(metrics):
-        scores.add_row(measure, by, f"{100 * value:.1f} %")
+        scores.add_row(measure, by, value)
     console.print(scores)
     found = failures(summary, quick=quick)
     for failure in found:

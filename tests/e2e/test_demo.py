@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 import soundfile
 
-from launch.demo import STAGES, TALKER, Codes, Stage
+from launch.demo import STAGES, TALKER, Stage
 from launch.demo_report import failures
+from launch.demo_work import Work
 from launch.local import child_environment
 from launch.stages import REPO
 from omni_train.tracking.events import read_jsonl
 
 
-def trained(steps: tuple[Stage | Codes, ...]) -> list[Stage]:
+def trained(steps: tuple[Stage | Work, ...]) -> list[Stage]:
     return [step for step in steps if isinstance(step, Stage) and step.quick_steps]
 
 
@@ -82,7 +83,12 @@ def test_the_talker_goes_on_from_a_finished_demo(done: tuple[Path, str, str]) ->
     assert set(metrics["codec_wer"]) == set(metrics["raw_speech_wer"])
     spoken = metrics["talker_wer_icl"]
     assert spoken["low"] <= spoken["mean"] <= spoken["high"]
-    assert spoken["n"] == 8
+    # Two seeds.
+    assert spoken["n"] == 16
+    assert {"talker_wer_dpo", "talker_wer_sft_control", "talker_wer_speaker"} <= set(metrics)
+    assert metrics["pairs"]["pairs"] >= 8
+    assert 0 <= metrics["speaker_nearest_share"] <= 1
+    assert (root / "pairs" / "listen.html").is_file()
     lines = (root / "audio" / "texts.jsonl").read_text().splitlines()
     kept = [json.loads(line) for line in lines]
     assert {entry["wave"] for entry in kept} == {p.name for p in (root / "audio").glob("*.wav")}

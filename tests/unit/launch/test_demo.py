@@ -6,15 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from launch.demo import ALL, CONTROLS, Codes, Stage, overrides_of
-from launch.demo_report import keep_audio, speech_rates
+import pytest
+
+from launch.demo import ALL, CONTROLS, Stage, overrides_of
+from launch.demo_report import keep_audio
+from launch.demo_talker import speech_failures, speech_rates
+from launch.demo_work import Codes
 from launch.stages import REPO
 
 
 def test_a_seed_reaches_every_stage() -> None:
     root = REPO / "runs" / "demo-seed3"
     for stage in ALL:
-        if isinstance(stage, Codes):
+        if not isinstance(stage, Stage):
             continue
         given = overrides_of(stage, root, quick=False, seed=3)
         assert "run.seed=3" in given
@@ -44,19 +48,54 @@ def log(run_dir: Path, *events: dict[str, Any]) -> None:
     (run_dir / "events.jsonl").write_text(lines)
 
 
-def evaluation(wer: float) -> dict[str, Any]:
-    figures = {"wer": wer, "low": wer - 0.1, "high": wer + 0.1, "empty": 0.0}
-    return {"kind": "evaluation", "task": "tts", "num_samples": 7, "figures": figures}
+def predictions(run_dir: Path, task: str, *rates: float) -> None:
+    """A line for each text; every text has one wrong boundary of two."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    pauses = {"missing": 1, "extra": 0, "boundaries": 2}
+    rows = [{"number": n, "wer": wer, "pauses": pauses} for n, wer in enumerate(rates)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (run_dir / f"predictions-{task}.jsonl").write_text(lines)
 
 
-def test_rates_are_those_of_the_last_evaluation_and_absent_where_there_is_none(
-    tmp_path: Path,
-) -> None:
-    log(tmp_path / "evaluate_talker_icl", evaluation(0.5), evaluation(0.25))
-    expected = {"mean": 0.25, "low": 0.15, "high": 0.35, "n": 7}
+def test_rates_join_both_seeds_and_are_absent_where_nothing_ran(tmp_path: Path) -> None:
+    assert speech_rates(tmp_path) == {}
+    predictions(tmp_path / "evaluate_talker_icl", "tts", 0.5, 0.5)
+    predictions(tmp_path / "evaluate_talker_icl", "tts_again", 0.0, 0.0)
+    expected = {"mean": 0.25, "low": 0.25, "high": 0.25, "n": 4, "pause_error": 0.5}
     assert speech_rates(tmp_path) == {"talker_wer_icl": expected}
-    log(tmp_path / "evaluate_talker_icl_clean", evaluation(0.125))
-    assert speech_rates(tmp_path)["talker_wer_icl_clean"]["mean"] == 0.125
+    predictions(tmp_path / "evaluate_talker_dpo", "tts", 0.0, 0.5)
+    found = speech_rates(tmp_path)["talker_wer_dpo"]
+    assert (found["mean"], found["n"]) == (0.25, 2)
+    assert found["low"] < found["mean"] < found["high"]
+
+
+def spoken(**changes: float) -> dict[str, Any]:
+    rates = {"icl": 0.4, "dpo": 0.1, "sft_control": 0.2, "speaker": 0.2} | changes
+    named = ("icl", "dpo", "sft_control", "speaker")
+    return {
+        **{f"talker_wer_{name}": {"mean": rates[name]} for name in named},
+        "pairs": {"ordered_by_pauses": changes.get("by_pauses", 3)},
+        "speaker_nearest_share": changes.get("share", 0.95),
+        "old_voices_wer_before": 0.1,
+        "old_voices_wer_after": changes.get("after", 0.14),
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dpo": 0.25, "sft_control": 0.4}, "DPO took 38%"),
+        ({"sft_control": 0.15}, "ahead of its control"),
+        ({"by_pauses": 0}, "pauses decided"),
+        ({"speaker": 0.26}, "the new voice 0.260"),
+        ({"share": 0.89}, "in 89%"),
+        ({"after": 0.16}, "rose by 0.060"),
+    ],
+)
+def test_each_broken_promise_of_speech_is_named(changes: dict[str, float], said: str) -> None:
+    assert speech_failures(spoken()) == []
+    (found,) = speech_failures(spoken(**changes))
+    assert said in found
 
 
 def test_kept_waves_lie_beside_their_texts_and_old_ones_go(tmp_path: Path) -> None:
