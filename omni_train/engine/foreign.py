@@ -65,7 +65,7 @@ def load_tensors(path: Path, *, key: str, stand_ins: Mapping[str, type] | None =
         raise _unsafe(key, path, f"not a file of torch.save since 1.6 ({error})") from None
     if packed:
         raise _unsafe(key, path, f"{packed[0]!r} in it is compressed; torch never does that")
-    allowed = [(made, name) for name, made in (stand_ins or {}).items()]
+    allowed: list[Any] = [(made, name) for name, made in (stand_ins or {}).items()]
     try:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
