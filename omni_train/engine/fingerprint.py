@@ -31,6 +31,7 @@ NOT_IDENTITY = (
     "fit.log_steps",
     "fit.keep_checkpoints",
     "fit.max_skipped_steps",
+    "fit.spikes",
     "heldout",
     "cluster",
     "data.num_workers",

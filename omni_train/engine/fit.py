@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from omni_train.config.errors import ConfigError
 from omni_train.engine import shards
@@ -20,6 +20,7 @@ from omni_train.engine.exit_codes import ExitCode, RunError
 from omni_train.engine.hashing import group_hashes
 from omni_train.engine.progress import Clock, log_step, report_non_finite
 from omni_train.engine.run import Run
+from omni_train.engine.spikes import SpikeConfig, SpikeWatch, rewind, skip_step
 from omni_train.engine.types import Loader, StepItem
 from omni_train.engine.vote import Report, Verdict, local_report, verdict_of
 from omni_train.objectives.types import StepFunction, StepOutput
@@ -37,6 +38,7 @@ class FitConfig:
         log_steps: global steps between progress lines; every step is an event.
         keep_checkpoints: complete checkpoints to keep.
         max_skipped_steps: non-finite steps in a row after which the run stops (exit code 76).
+        spikes: when to alert, and steps to go back to or to leave out by hand.
     """
 
     max_steps: int
@@ -44,6 +46,7 @@ class FitConfig:
     log_steps: int = 10
     keep_checkpoints: int = 2
     max_skipped_steps: int = 5
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
 
     def __post_init__(self) -> None:
         lowest = {"max_steps": 1, "save_steps": 1, "log_steps": 1, "keep_checkpoints": 2}
@@ -90,7 +93,7 @@ def _fit(
     engine: Engine, loader: Loader, step: StepFunction, cfg: FitConfig, run: Run, every: Every
 ) -> None:
     saved = _start(engine, loader, cfg, run)
-    skipped, metrics = 0, {}
+    skipped, metrics, watch = 0, {}, SpikeWatch(cfg.spikes, run)
     engine.model.train()
     items = iter(loader.steps()) if engine.step < cfg.max_steps else iter(())
     stopped = False
@@ -101,8 +104,12 @@ def _fit(
         if item is None:
             run.event("data_end", step=engine.step)
             break
+        if engine.step + 1 in cfg.spikes.skip_steps:
+            skip_step(engine, item, run)
+            continue
         verdict, lrs = _global_step(engine, item, step, cfg, run, clock)
         metrics = log_step(run, item, verdict, lrs, clock, log_steps=cfg.log_steps)
+        watch.see(verdict, item)
         loader.count_bad(verdict.bad_samples, num_samples=verdict.num_samples)
         skipped = 0 if verdict.finite else skipped + 1
         if skipped > cfg.max_skipped_steps:
@@ -125,6 +132,7 @@ def _fit(
 
 def _start(engine: Engine, loader: Loader, cfg: FitConfig, run: Run) -> int:
     """Restore the newest checkpoint, if any, and record what training starts from."""
+    rewind(cfg.spikes, run)
     state = restore_latest(engine, run)
     if state is not None:
         loader.load_state(state["loader"])

@@ -10,11 +10,15 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+
+import torch
 
 from omni_train.engine.distributed import gather_json
 from omni_train.engine.run import Run, log
 from omni_train.engine.types import MicroBatch, StepItem
 from omni_train.engine.vote import Verdict
+from omni_train.planning.constants import known_hardware, load_hardware
 
 
 @dataclass(slots=True)
@@ -29,6 +33,20 @@ class Clock:
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@cache
+def device_peak_flops(device: torch.device) -> float | None:
+    """Return the dense bf16 peak of a device that constants.yaml describes; None of any other.
+
+    MFU is `thinker_flops` (PERF.md's definition, nothing recomputed counted) over seconds, devices
+    and this.
+    """
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    known = next((key for key in known_hardware() if key.upper() in name.upper()), None)
+    return load_hardware(known).peak_flops if known else None
 
 
 def report_non_finite(
@@ -54,7 +72,10 @@ def log_step(
     log_steps: int,
 ) -> dict[str, float]:
     """Write the `step` event and, every `log_steps`, a progress line; return the figures."""
-    rate = verdict.all_tokens / sum(clock.seconds.values())
+    seconds = sum(clock.seconds.values())
+    rate = verdict.all_tokens / seconds
+    peak = device_peak_flops(run.world.device)
+    used = {"mfu": round(verdict.flops / seconds / run.world.size / peak, 4)} if peak else {}
     run.event(
         "step",
         step=run.step,
@@ -68,6 +89,8 @@ def log_step(
         metrics=verdict.metrics,
         seconds={name: round(value, 6) for name, value in clock.seconds.items()},
         peak_rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        model_flops=verdict.flops,
+        **used,
         tokens_by_source=item.tokens_by_source,
         position={"epoch": item.epoch, "window": item.window, "step": item.step},
         num_samples=verdict.num_samples,

@@ -37,6 +37,7 @@ class Report:
         num_samples: number of its samples.
         all_tokens: tokens of its packs, supervised or not.
         bad_samples: (source, shard, key, reason) of samples that were planned but not used.
+        flops: of the model, of its micro-batches.
         stop: signal that asked this rank to stop; empty where none did.
     """
 
@@ -47,6 +48,7 @@ class Report:
     num_samples: int
     all_tokens: int
     bad_samples: list[tuple[str, str, str, str]]
+    flops: float
     stop: str
 
     def as_dict(self) -> dict[str, Any]:
@@ -71,6 +73,7 @@ class Verdict:
         offenders: rank -> its micro-steps with a non-finite loss; no micro-step where only the
             gradient is not finite.
         bad_samples: of all ranks.
+        flops: likewise.
         stop: signal and rank that ask all to stop after this step; empty where none does.
     """
 
@@ -85,6 +88,7 @@ class Verdict:
     all_tokens: int
     offenders: dict[int, list[int]]
     bad_samples: list[tuple[str, str, str, str]]
+    flops: float
     stop: str
 
 
@@ -118,6 +122,7 @@ def local_report(
         num_samples=len(keys),
         all_tokens=sum(batch.num_tokens for batch in batches),
         bad_samples=[row for batch in batches for row in batch.bad],
+        flops=sum(output.flops for output in outputs),
         stop=stop,
     )
 
@@ -158,6 +163,7 @@ def verdict_of(reports: Sequence[Report], num_tokens: int) -> Verdict:
         all_tokens=sum(report.all_tokens for report in reports),
         offenders=_offenders(reports),
         bad_samples=[row for report in reports for row in report.bad_samples],
+        flops=sum(report.flops for report in reports),
         stop=next((f"{r.stop} at rank {n}" for n, r in enumerate(reports) if r.stop), ""),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from omni_train.data.types import Batch
+from omni_train.models.flops import thinker_flops
 from omni_train.objectives.types import StepOutput
 
 
@@ -23,7 +24,10 @@ def next_token(model: nn.Module, batch: Batch) -> StepOutput:
     logprobs: Tensor = model(batch)
     losses = -batch.target_weights * logprobs
     return StepOutput(
-        loss=losses.sum(), metrics=_by_kind(losses, batch), num_tokens=batch.num_target_tokens
+        loss=losses.sum(),
+        metrics=_by_kind(losses, batch),
+        num_tokens=batch.num_target_tokens,
+        flops=thinker_flops(model, batch),
     )
 
 

@@ -20,11 +20,13 @@ class StepOutput:
             then divided; a Tensor is a detached scalar.
         num_tokens: supervised tokens that the sum runs over, equal to the batch's
             `num_target_tokens`.
+        flops: of the model's forward and backward pass, for MFU; 0 where nobody counts them.
     """
 
     loss: Tensor
     metrics: dict[str, tuple[Tensor, Tensor | int]] = field(default_factory=dict)
     num_tokens: int = 0
+    flops: float = 0.0
 
 
 StepFunction = Callable[[nn.Module, Any], StepOutput]
