@@ -90,6 +90,7 @@ def _add_checks(add: Add) -> None:
 
 def _add_runs(add: Add) -> None:
     from launch.plan import add_plan
+    from launch.runs import add_runs
 
     config = add(
         "config",
@@ -106,6 +107,16 @@ def _add_runs(add: Add) -> None:
         "    --devices 2 --refit runs/demo/stage1_audio_adapter",
     )
     add_plan(plan)
+    runs = add(
+        "runs",
+        "List runs, show one, tell two apart, follow one live, clean up.",
+        "omni-train runs                            all runs below runs/",
+        "omni-train runs show runs/audio",
+        "omni-train runs diff runs/audio runs/audio-2",
+        "omni-train runs tail runs/audio            loss curve, live while it runs",
+        "omni-train runs clean runs --keep 1 --yes",
+    )
+    add_runs(runs)
     train = add(
         "train",
         "Train a stage; the same command again resumes.",
@@ -299,6 +310,12 @@ def _plan(args: argparse.Namespace) -> int:
     return run_plan(args)
 
 
+def _runs(args: argparse.Namespace) -> int:
+    from launch.runs import run_runs
+
+    return run_runs(args)
+
+
 def _train(args: argparse.Namespace) -> int:
     stage = "evaluate" if args.command == "evaluate" else args.stage
     refused = _refuse_stage(stage)
@@ -344,6 +361,7 @@ _COMMANDS = {
     "stages": _stages,
     "config": _config,
     "plan": _plan,
+    "runs": _runs,
     "train": _train,
     "evaluate": _train,
     "export": _export,

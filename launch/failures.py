@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from omni_train.config.errors import ConfigError, DataError
 from omni_train.engine.exit_codes import ExitCode, RunError, exit_code_of
@@ -42,6 +46,21 @@ def check_writable(folder: Path, *, remedy: str) -> None:
     except OSError as error:
         reason = "it is a file" if folder.is_file() else error.strerror
         raise RunError(ExitCode.disk, f"cannot write into {folder}: {reason}; {remedy}") from error
+
+
+def guarded(command: Callable[..., int]) -> Callable[..., int]:
+    """Make a command end with an exit code and one line where it raises one of our errors."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> int:
+        try:
+            return command(*args, **kwargs)
+        except (ConfigError, DataError, RunError, OSError) as error:
+            code, text = describe(error)
+            print(f"omni-train: {text}", file=sys.stderr)
+            return int(code)
+
+    return run
 
 
 def describe(error: ConfigError | DataError | RunError | OSError) -> tuple[ExitCode, str]:

@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.failures import describe
+from launch.failures import guarded
 from launch.stages import REPO, find_stages
-from omni_train.config.errors import ConfigError, DataError
-from omni_train.engine.exit_codes import ExitCode, RunError
+from omni_train.config.errors import ConfigError
+from omni_train.engine.exit_codes import ExitCode
 
 if TYPE_CHECKING:
     from omni_train.planning.constants import Constants
@@ -79,17 +79,9 @@ def add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
+@guarded
 def run_plan(args: argparse.Namespace) -> int:
     """Print the plan of a stage; 2 where it cannot run as it is."""
-    try:
-        return _plan(args)
-    except (ConfigError, DataError, RunError, OSError) as error:
-        code, text = describe(error)
-        print(f"omni-train: {text}", file=sys.stderr)
-        return int(code)
-
-
-def _plan(args: argparse.Namespace) -> int:
     from launch.local import check
     from launch.plan_report import launch_command, print_plan
     from omni_train.planning.constants import constant_origins, load_constants

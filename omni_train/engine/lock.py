@@ -101,3 +101,21 @@ def _alive(pid: object) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def living_owner(path: Path) -> dict[str, object]:
+    """Return who holds the lock `path` now: host, pid, run, since; empty where nobody does.
+
+    An owner on another machine is believed, as its process cannot be seen from here.
+    """
+    try:
+        with path.open("r", encoding="utf-8") as file:
+            owner = _owner_in(file)
+            if owner.get("host") not in (None, socket.gethostname()):
+                return owner
+            if not _try_flock(file):
+                return owner
+            fcntl.flock(file.fileno(), fcntl.LOCK_UN)
+    except OSError:
+        return {}
+    return {}

@@ -1,0 +1,112 @@
+"""Runs as text: the table, one run in full, and what differs between two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from launch.runs import RunRow
+
+_COLOURS = {
+    "done": "green",
+    "running": "cyan",
+    "preempted": "yellow",
+    "failed": "red",
+    "died": "red",
+}
+
+
+def print_list(rows: list[RunRow], root: Path) -> None:
+    """Print a line for each run."""
+    out = Console(highlight=False)
+    if not rows:
+        out.print(f"no run below {root}")
+        return
+    table = Table(show_edge=False, pad_edge=False, box=None, header_style="bold")
+    table.add_column("run", overflow="fold")
+    table.add_column("status", no_wrap=True)
+    for name in ("step", "loss", "tok/s", "ranks", "last"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        place = Path(row.path)
+        name = str(place.relative_to(root)) if place != root else str(place)
+        code = f" {row.exit_code}" if row.exit_code else ""
+        table.add_row(
+            Text(name),
+            Text(f"{row.status}{code}", style=_COLOURS.get(row.status, "")),
+            str(row.step) if row.max_steps is None else f"{row.step}/{row.max_steps}",
+            "" if row.loss is None else f"{row.loss:.4g}",
+            "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}",
+            "" if row.ranks is None else str(row.ranks),
+            ago(row.changed),
+        )
+    out.print(table)
+    for row in rows:
+        if row.reason:
+            out.print(Text(f"{row.path}: {row.reason}"), soft_wrap=True)
+
+
+def print_run(values: dict[str, Any]) -> None:
+    """Print one run in full."""
+    out = Console(highlight=False)
+    table = Table(show_header=False, show_edge=False, pad_edge=False, box=None)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    steps = f"{values['step']} of {values['max_steps']}" if values["max_steps"] else values["step"]
+    lines = {
+        "run": values["path"],
+        "stage": values["stage"],
+        "status": values["status"],
+        "exit code": values["exit_code"],
+        "reason": values["reason"],
+        "steps": steps,
+        "loss": values["loss"],
+        "tokens/s": values["tokens_per_s"],
+        "ranks": values["ranks"],
+        "time": f"{values['seconds']:,.0f} s",
+        "last event": f"{ago(values['changed'])} ago",
+        "checkpoints": ", ".join(values["checkpoints"]),
+        "incomplete": ", ".join(values["incomplete"]),
+        "events": _counts(values["events"]),
+        "ledger": _counts(values["ledger"]) or "no sample was left out",
+        "versions": ", ".join(f"{name} {number}" for name, number in values["versions"].items()),
+    }
+    for name, value in lines.items():
+        if value not in (None, ""):
+            table.add_row(name, Text(str(value)))
+    out.print(table)
+
+
+def print_differences(found: dict[str, dict[str, tuple[Any, Any]]], names: tuple[str, str]) -> None:
+    """Print what differs, part by part."""
+    out = Console(highlight=False)
+    for part, keys in found.items():
+        if not keys:
+            out.print(f"{part}: the same")
+            continue
+        table = Table(show_edge=False, pad_edge=False, box=None, header_style="bold")
+        for heading in (part, *names):
+            table.add_column(heading, overflow="fold")
+        for key, (one, two) in keys.items():
+            table.add_row(Text(key), Text(_value(one)), Text(_value(two)))
+        out.print(table)
+
+
+def _value(value: Any) -> str:
+    return "(absent)" if value is None else str(value)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+
+
+def ago(seconds: float) -> str:
+    """Return a length of time in its largest unit."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
