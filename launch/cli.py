@@ -173,6 +173,13 @@ def _add_data(add: Add) -> None:
     index = actions.add_parser("index", help="write the Parquet index and the manifest of shards")
     index.add_argument("path", help="directory with the shards")
     index.add_argument("--tokenizer", required=True, help="directory of a saved tokenizer")
+    benchmark = actions.add_parser("benchmark", help="turn a public benchmark into shards")
+    benchmark.add_argument("name", help="such as librispeech, omnibench or mmlu")
+    benchmark.add_argument("path", help="the owner's file or directory")
+    benchmark.add_argument("out", help="directory to make")
+    benchmark.add_argument("--tokenizer", required=True, help="directory of a saved tokenizer")
+    benchmark.add_argument("--media-root", default="", help="where its media paths start")
+    benchmark.add_argument("--split", default="", help="of a saved dataset that has several")
     _add_data_tools(actions)
 
 

@@ -1,4 +1,4 @@
-"""`omni-train data`: the demo corpus, and indexes for shards that have none."""
+"""`omni-train data`: the demo corpus, public benchmarks, and indexes for shards that have none."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ def run_data(args: argparse.Namespace) -> int:
     try:
         if args.action == "corpus":
             return make_corpus(Path(args.path), seed=args.seed, quick=args.quick)
+        if args.action == "benchmark":
+            return write_benchmark(args)
         if args.action in PREPARING:
             return run_preparing(args)
         if args.action in INSPECTIONS:
@@ -63,6 +65,29 @@ def make_corpus(folder: Path, *, seed: int | None, quick: bool, log: Path | None
             stderr=subprocess.STDOUT if output else None,
             check=False,
         ).returncode
+
+
+def write_benchmark(args: argparse.Namespace) -> int:
+    """Turn a public benchmark into shards, and say how `evaluate` is told to score them."""
+    from data_pipelines.benchmarks.make import make_benchmark
+    from data_pipelines.benchmarks.table import BENCHMARKS
+    from omni_train.data.tokenizer import load_tokenizer
+
+    made = make_benchmark(
+        args.name,
+        Path(args.path),
+        Path(args.out),
+        tokenizer=load_tokenizer(args.tokenizer),
+        root=Path(args.media_root) if args.media_root else None,
+        split=args.split,
+    )
+    task = BENCHMARKS[args.name]
+    print(
+        f"{made.num_samples} samples; for `evaluate`: '+tasks.{args.name}={{path: {args.out}, "
+        f"metric: {task.metric}, normalizer: {task.normalizer}, "
+        f"max_new_tokens: {task.max_new_tokens}}}'"
+    )
+    return 0
 
 
 def index_folder(folder: Path, *, tokenizer_dir: str) -> int:

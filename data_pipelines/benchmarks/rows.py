@@ -1,0 +1,136 @@
+"""Rows of a benchmark's files: JSON, JSON Lines, CSV, TSV, Parquet, LibriSpeech, `datasets`.
+
+A JSON file is a list of rows, or an object with the list under `data`. A directory is what
+`datasets` saved, Parquet files, or LibriSpeech's tree of `*.trans.txt`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipelines.benchmarks.base import Row
+from omni_train.config.errors import DataError
+
+
+def read_rows(path: Path, *, root: Path | None = None, split: str = "") -> Iterator[Row]:
+    """Yield every row of a file or directory.
+
+    Args:
+        path: what the benchmark's owner gives out.
+        root: directory of the media; that of the file where left out.
+        split: of a saved `DatasetDict`.
+
+    Raises:
+        DataError: `corrupt_source` with file and row; `unknown_source` for another kind of file.
+        FileNotFoundError: there is nothing.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file or directory")
+    home = root or (path if path.is_dir() else path.parent)
+    found = _of_directory(path, split) if path.is_dir() else _of_file(path)
+    for file, number, values in found:
+        if not isinstance(values, dict):
+            raise DataError("corrupt_source", f"{file}, row {number}: {values!r} is no row")
+        yield Row(file, number, values, home if root or not path.is_dir() else _home(home, file))
+
+
+def _home(folder: Path, file: str) -> Path:
+    """LibriSpeech's sounds lie beside their transcripts; all else starts at the directory."""
+    return (folder / file).parent if file.endswith(".trans.txt") else folder
+
+
+Found = Iterator[tuple[str, int, Any]]
+
+
+def _of_file(path: Path) -> Found:
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield path.name, number, _parsed(line, path.name, number)
+    elif suffix == ".json":
+        rows = _parsed(path.read_text(encoding="utf-8"), path.name, 1)
+        if isinstance(rows, dict):
+            rows = rows.get("data")
+        if not isinstance(rows, list):
+            raise DataError(
+                "corrupt_source", f"{path.name}: neither a list nor an object of `data`"
+            )
+        for number, values in enumerate(rows, 1):
+            yield path.name, number, values
+    elif suffix in (".csv", ".tsv"):
+        quoting = csv.QUOTE_MINIMAL if suffix == ".csv" else csv.QUOTE_NONE
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(
+                file, delimiter="," if suffix == ".csv" else "\t", quoting=quoting
+            )
+            for number, values in enumerate(reader, 1):
+                yield path.name, number, values
+    elif suffix == ".parquet":
+        yield from _of_parquet(path)
+    else:
+        raise DataError("unknown_source", f"{path.name} is none of .jsonl .json .csv .tsv .parquet")
+
+
+def _parsed(text: str, file: str, number: int) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError("corrupt_source", f"{file}, row {number}: no JSON: {error}") from error
+
+
+def _of_parquet(path: Path) -> Found:
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=64):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield path.name, number, values
+    except (pa.ArrowException, OSError) as error:
+        raise DataError("corrupt_source", f"{path.name}: {error}") from error
+
+
+def _of_directory(folder: Path, split: str) -> Found:
+    transcripts = sorted(folder.rglob("*.trans.txt"))
+    tables = sorted(folder.glob("*.parquet"))
+    if transcripts:
+        for path in transcripts:
+            name = path.relative_to(folder).as_posix()
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                utterance, _, text = line.partition(" ")
+                yield name, number, {"id": utterance, "text": text}
+    elif tables:
+        for path in tables:
+            yield from _of_parquet(path)
+    else:
+        yield from _of_dataset(folder, split)
+
+
+def _of_dataset(folder: Path, split: str) -> Found:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except FileNotFoundError as error:
+        raise DataError(
+            "unknown_source", f"{folder} holds no saved dataset, Parquet or *.trans.txt"
+        ) from error
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise DataError("unknown_source", f"{folder} has the splits {', '.join(loaded)}")
+        loaded = loaded[split]
+    for name, feature in loaded.features.items():
+        # Media stay the bytes or the path that they are stored as.
+        if isinstance(feature, datasets.Audio | datasets.Image):
+            loaded = loaded.cast_column(name, type(feature)(decode=False))
+    for number, values in enumerate(loaded, 1):
+        yield split or "dataset", number, values
