@@ -11,6 +11,7 @@ is trained. MFU is that over seconds, devices and a device's dense bf16 peak.
 from __future__ import annotations
 
 from collections import Counter
+from functools import lru_cache
 from math import prod
 
 from torch import nn
@@ -59,8 +60,12 @@ def thinker_flops(model: nn.Module, batch: Batch) -> float:
     return total + (6 if trained else 2) * text.num_hidden_layers * query_width * pairs
 
 
+@lru_cache(maxsize=1)
 def _matmul_parameters(module: nn.Module) -> tuple[Counter[str], set[str]]:
-    """Parameters that are multiplied with, by group, and the groups of them that learn."""
+    """Parameters that are multiplied with, by group, and the groups of them that learn.
+
+    Read once: names and what is frozen do not change while a model trains.
+    """
     counts: Counter[str] = Counter()
     trained = set()
     for name, param in module.named_parameters():
