@@ -68,7 +68,9 @@ def main(raw: DictConfig) -> None:
         groups = select_groups(model, cfg.optim, trained=TRAINED[cfg.phase])
         report_model(model.report, groups, run)
         loader = build_loader(cfg.data, tokenizer, model.spec, run)
-        engine = build_engine(model, groups, cfg.optim, cfg.deepspeed)
+        engine = build_engine(
+            model, groups, cfg.optim, cfg.deepspeed, pack_tokens=cfg.data.pack_tokens
+        )
         fit(engine, loader, next_token, cfg.fit, run)
 
 

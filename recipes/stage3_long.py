@@ -65,7 +65,9 @@ def main(raw: DictConfig) -> None:
         report_model(model.report, groups, run)
         loader = build_loader(cfg.data, tokenizer, model.spec, run)
         every = heldout_every(cfg.heldout, cfg.data, tokenizer, model.spec, run)
-        engine = build_engine(model, groups, cfg.optim, cfg.deepspeed)
+        engine = build_engine(
+            model, groups, cfg.optim, cfg.deepspeed, pack_tokens=cfg.data.pack_tokens
+        )
         fit(engine, loader, next_token, cfg.fit, run, every)
 
 

@@ -51,7 +51,9 @@ def main(raw: DictConfig) -> None:
         groups = select_groups(model, cfg.optim, trained=TRAINED)
         run.say(format_build_report(model.report), format_group_table(groups))
         loader = build_loader(cfg.data, tokenizer, model.spec, run)
-        engine = build_engine(model, groups, cfg.optim, cfg.deepspeed)
+        engine = build_engine(
+            model, groups, cfg.optim, cfg.deepspeed, pack_tokens=cfg.data.pack_tokens
+        )
         fit(engine, loader, next_token, cfg.fit, run)
 
 

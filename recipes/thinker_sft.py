@@ -76,7 +76,14 @@ def main(raw: DictConfig) -> None:
         run.say(format_build_report(model.report), format_group_table(groups))
         loader = build_loader(cfg.data, tokenizer, model.spec, run)
         notes = notes_of(cfg.lora)
-        engine = build_engine(model, groups, cfg.optim, cfg.deepspeed, notes=notes)
+        engine = build_engine(
+            model,
+            groups,
+            cfg.optim,
+            cfg.deepspeed,
+            notes=notes,
+            pack_tokens=cfg.data.pack_tokens,
+        )
         fit(engine, loader, next_token, cfg.fit, run)
 
 

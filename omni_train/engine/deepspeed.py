@@ -19,6 +19,13 @@ from omni_train.engine import shards
 from omni_train.engine.distributed import get_world, prepare_environment
 from omni_train.engine.groups import ParamGroup
 from omni_train.engine.optim import OptimConfig, curve_of
+from omni_train.engine.recompute import (
+    Checkpointing,
+    agreed_policy,
+    checkpoint_layers,
+    choose,
+    free_memory,
+)
 
 REDUCE_BUCKET_ELEMENTS = 200_000_000
 
@@ -42,15 +49,19 @@ class DeepSpeedConfig:
         precision: of weights and activations.
         gradient_clipping: largest global gradient norm; 0 switches clipping off.
         param_persistence_threshold: ZeRO-3 keeps parameters with fewer elements gathered.
-        sequence_parallel_size: neighbouring ranks that share each pack (Ulysses); 1 gives each rank
+        sequence_parallel: neighbouring ranks that share each pack (Ulysses); 1 gives each rank
             packs of its own. The heads decide what is possible (models/sequence_parallel.py).
+        activation_checkpointing: which layers keep only their input (engine/recompute.py).
+        offload_activations: keep these inputs in host memory; on a GPU only.
     """
 
     zero_stage: int = 3
     precision: Precision = Precision.bf16
     gradient_clipping: float = 1.0
     param_persistence_threshold: int = 100_000
-    sequence_parallel_size: int = 1
+    sequence_parallel: int = 1
+    activation_checkpointing: Checkpointing = Checkpointing.none
+    offload_activations: bool = False
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (1, 2, 3):
@@ -59,6 +70,13 @@ class DeepSpeedConfig:
                 value=self.zero_stage,
                 rule="ZeRO has stages 1, 2 and 3 here",
                 remedy="give one of these; 3 needs the least memory",
+            )
+        if self.offload_activations and self.activation_checkpointing is Checkpointing.none:
+            raise ConfigError(
+                key="deepspeed.offload_activations",
+                value=True,
+                rule="without checkpoints there is nothing to keep in host memory",
+                remedy="set deepspeed.activation_checkpointing=full, or leave it out",
             )
         for key in ("gradient_clipping", "param_persistence_threshold"):
             if getattr(self, key) < 0:
@@ -80,6 +98,7 @@ class Engine:
         optim: the optimiser's settings.
         step: global steps done so far, skipped ones included.
         notes: what a reader of a checkpoint must know of the model besides its tensors, as JSON.
+        checkpointing: which layers run twice; never `auto`.
         frozen_hash: of the frozen weights, once a checkpoint has needed it; they do not change.
     """
 
@@ -88,6 +107,7 @@ class Engine:
     optim: OptimConfig
     notes: dict[str, Any] = field(default_factory=dict)
     step: int = 0
+    checkpointing: Checkpointing = Checkpointing.none
     frozen_hash: str = ""
     params: dict[str, nn.Parameter] = field(init=False)
 
@@ -180,6 +200,7 @@ def build_engine(
     config: DeepSpeedConfig,
     *,
     notes: dict[str, Any] | None = None,
+    pack_tokens: int | None = None,
 ) -> Engine:
     """Put `model` under DeepSpeed with AdamW over the trained named groups.
 
@@ -188,10 +209,13 @@ def build_engine(
         groups: see `ParamGroup`; sets `requires_grad` by their `trainable`.
         optim, config: settings.
         notes: see `Engine`.
+        pack_tokens: token budget of a pack; `auto` checkpointing needs to know it.
 
     Raises:
-        ConfigError: a parameter without a group, an empty group, or nothing to train.
+        ConfigError: a parameter without a group, an empty group, or nothing to train; checkpoints
+            in host memory without a GPU; `auto` without `pack_tokens`.
     """
+    _check_checkpointing(config, pack_tokens)
     _check_groups(model, groups)
     for group in groups:
         for _, param in group.params:
@@ -211,7 +235,46 @@ def build_engine(
         dist_init_required=False if get_world().size > 1 else None,
     )
     shards.create_optimizer_state(engine)
-    return Engine(model=engine, groups=groups, optim=optim, notes=notes or {})
+    policy = config.activation_checkpointing
+    if policy is Checkpointing.auto:
+        assert pack_tokens is not None, "checked above"
+        policy = _fitting_policy(model, config, pack_tokens, sum(sizes))
+    checkpoint_layers(model, policy, offload=config.offload_activations)
+    return Engine(
+        model=engine, groups=groups, optim=optim, notes=notes or {}, checkpointing=policy
+    )
+
+
+def _check_checkpointing(config: DeepSpeedConfig, pack_tokens: int | None) -> None:
+    if config.offload_activations and not torch.cuda.is_available():
+        raise ConfigError(
+            key="deepspeed.offload_activations",
+            value=True,
+            rule="without a GPU all memory is the host's",
+            remedy="leave it out",
+        )
+    if config.activation_checkpointing is Checkpointing.auto and pack_tokens is None:
+        raise ConfigError(
+            key="deepspeed.activation_checkpointing",
+            value="auto",
+            rule="it is chosen by the length of packs, which this stage has in two kinds",
+            remedy="choose none, selective or full",
+        )
+
+
+def _fitting_policy(
+    model: nn.Module, config: DeepSpeedConfig, pack_tokens: int, num_trained: int
+) -> Checkpointing:
+    """What the memory allows that is free now, less the gradients that are still to come."""
+    world, value_bytes = get_world(), DTYPES[config.precision].itemsize
+    shards_of_gradients = world.size if config.zero_stage >= 2 else 1
+    chosen = choose(
+        model,
+        pack_tokens=-(-pack_tokens // config.sequence_parallel),
+        value_bytes=value_bytes,
+        free_bytes=free_memory(world) - 4 * num_trained // shards_of_gradients,
+    )
+    return agreed_policy(chosen)
 
 
 def optimizer_groups(trained: list[ParamGroup]) -> list[dict[str, Any]]:

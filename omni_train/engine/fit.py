@@ -143,6 +143,7 @@ def _start(engine: Engine, loader: Loader, cfg: FitConfig, run: Run) -> int:
         step=engine.step,
         max_steps=cfg.max_steps,
         trained=[group.name for group in engine.trained],
+        activation_checkpointing=engine.checkpointing.name,
         hashes=group_hashes(engine),
     )
     return engine.step

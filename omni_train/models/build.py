@@ -189,7 +189,7 @@ def build_omni_for_training(
         joint: whether gradients flow into the Thinker.
         fresh_talker: see `build_talker`.
     """
-    refuse_sequence_parallel(deepspeed.sequence_parallel_size, stage="a Talker stage")
+    refuse_sequence_parallel(deepspeed.sequence_parallel, stage="a Talker stage")
     thinker_config, talker_config = by_model(model_config)
     talker = build_talker(
         talker_config,
@@ -229,7 +229,7 @@ def build_for_training(
     All ranks must call; its `spec` says which part of a pack is this rank's.
     """
     text = resolve_config(model_config, tokenizer).thinker_config.text_config
-    size = deepspeed.sequence_parallel_size
+    size = deepspeed.sequence_parallel
     check_sequence_parallel(
         size,
         world_size=get_world().size,

@@ -96,7 +96,7 @@ def check_sequence_parallel(
     ]
     if size not in fits:
         raise ConfigError(
-            key="deepspeed.sequence_parallel_size",
+            key="deepspeed.sequence_parallel",
             value=size,
             rule=f"it must divide the {num_heads} query heads, and divide the "
             f"{num_key_value_heads} key and value heads or be a multiple of them",
@@ -104,7 +104,7 @@ def check_sequence_parallel(
         )
     if world_size % size:
         raise ConfigError(
-            key="deepspeed.sequence_parallel_size",
+            key="deepspeed.sequence_parallel",
             value=size,
             rule=f"the {world_size} ranks are shared out in groups of this size",
             remedy="use a divisor of the number of ranks",
@@ -119,7 +119,7 @@ def refuse_sequence_parallel(size: int, *, stage: str) -> None:
     """
     if size != 1:
         raise ConfigError(
-            key="deepspeed.sequence_parallel_size",
+            key="deepspeed.sequence_parallel",
             value=size,
             rule=f"{stage} has no packs that ranks could share",
             remedy="leave it out",

@@ -75,7 +75,7 @@ def build_speech_model(
         deepspeed: precision and ZeRO stage.
         use: of the Thinker.
     """
-    refuse_sequence_parallel(deepspeed.sequence_parallel_size, stage="a Talker stage")
+    refuse_sequence_parallel(deepspeed.sequence_parallel, stage="a Talker stage")
     if use is ThinkerUse.cached:
         model = build_talker(
             by_model(config)[1],

@@ -94,6 +94,12 @@ class ThinkerForTraining(nn.Module):
         # Where ranks share packs; set by build.py.
         self.sequence: SequenceParallel | None = None
 
+    @property
+    def units_per_token(self) -> dict[str, int]:
+        """What a tower's layers have for each token: patches, or frames after the convolutions."""
+        merge: int = self.thinker.model.visual.spatial_merge_size
+        return {"thinker.model.visual.blocks": merge**2, "thinker.model.audio_tower.layers": 2}
+
     def embed(self, batch: Batch) -> Tensor:
         """Return the input embeddings [1, T, H] with all media at their places."""
         thinker = self.thinker.model

@@ -22,6 +22,7 @@ from omni_train.engine.deepspeed import DeepSpeedConfig, Precision, build_engine
 from omni_train.engine.distributed import World, init_distributed, sum_over_ranks
 from omni_train.engine.exit_codes import leave
 from omni_train.engine.optim import OptimConfig
+from omni_train.engine.recompute import POLICIES, Checkpointing, checkpoint_layers
 from omni_train.models.build import build_for_training, build_thinker
 from omni_train.models.groups import select_groups
 from omni_train.models.thinker import ThinkerForTraining
@@ -97,15 +98,19 @@ def measure(world: World) -> dict[str, Any]:
         precision=Precision.fp32,
         gradient_clipping=0.0,
         param_persistence_threshold=0,
-        sequence_parallel_size=world.size,
+        sequence_parallel=world.size,
     )
     model = build_for_training(config, tokenizer, settings, seed=5)
     engine = build_engine(model, select_groups(model, optim, trained=THINKER), optim, settings)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     report: dict[str, Any] = {}
-    for name, pack in make_packs(plain).items():
+    packs = make_packs(plain)
+    runs = [(name, pack, Checkpointing.none) for name, pack in packs.items()]
+    runs += [(policy.name, packs["all"], policy) for policy in POLICIES[1:]]
+    for name, pack, policy in runs:
         want, grads = reference(plain, pack)
         mine = split(pack, model.spec)
+        checkpoint_layers(model, policy, offload=policy is Checkpointing.full)
         loss = next_token(engine.model, mine).loss
         engine.model.backward(loss)
         got = total(float(loss.detach()))

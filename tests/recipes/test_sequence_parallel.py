@@ -10,7 +10,7 @@ from omni_train.tracking.events import read_jsonl, read_steps
 from tests.recipes.launching import children_of, finish, kill, start, wait_for
 from tests.recipes.test_stage1 import end_hashes, overrides, run, trace
 
-SHARED = "deepspeed.sequence_parallel_size=2"
+SHARED = "deepspeed.sequence_parallel=2"
 
 
 @pytest.mark.slow

@@ -84,7 +84,7 @@ def test_killed_and_resumed_equals_uninterrupted(corpus: Path, whole: Path, tmp_
 
 def test_one_rank_equals_two_and_accumulation_changes_nothing(corpus: Path, tmp_path: Path) -> None:
     exact = ("deepspeed.precision=fp32", "fit.max_steps=4")
-    shared = "deepspeed.sequence_parallel_size=2"
+    shared = "deepspeed.sequence_parallel=2"
     run(overrides(corpus, tmp_path / "one", *exact), ranks=1)
     run(overrides(corpus, tmp_path / "two", *exact), ranks=2)
     run(overrides(corpus, tmp_path / "shared", *exact, shared), ranks=2)

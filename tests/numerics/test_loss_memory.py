@@ -1,0 +1,33 @@
+"""The loss at 152,064 ids: the same numbers as with whole logits, at a seventh of the memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.loss_memory import GOAL, LONG, POSITIONS, slope
+
+ROOT = Path(__file__).resolve().parents[2]
+# Of the 32,768 positions: two tiles of 4,096 x 8,192 and what is computed on them, in fp32, and the
+# gradient of a head of 64 columns.
+LONG_PEAK_BYTES = 1_000_000_000
+
+
+def test_slope_is_that_of_a_line() -> None:
+    assert slope([7 * n + 1000 for n in POSITIONS]) == pytest.approx(7.0)
+
+
+@pytest.mark.slow
+def test_memory_per_position_and_at_32768_positions() -> None:
+    """In a process of its own, for a peak is the process's."""
+    command = [sys.executable, "-m", "benchmarks.loss_memory", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["largest_difference"] < 1e-4
+    assert figures["ratio"] >= GOAL
+    assert figures[f"ours_peak_at_{LONG}"] < LONG_PEAK_BYTES
