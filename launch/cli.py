@@ -186,10 +186,12 @@ def _add_data(add: Add) -> None:
 def _add_data_tools(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     from launch.inspection import add_inspection
     from launch.preparing import add_preparing
+    from launch.records import add_records
 
     add = _adder(actions)
     add_preparing(add)
     add_inspection(add)
+    add_records(add)
 
 
 def _add_talker(add: Add) -> None:

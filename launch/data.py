@@ -14,6 +14,8 @@ from launch.inspection import run_inspection
 from launch.local import child_environment
 from launch.preparing import ACTIONS as PREPARING
 from launch.preparing import run_preparing
+from launch.records import ACTIONS as RECORDS
+from launch.records import run_records
 from launch.stages import REPO
 from omni_train.config.errors import ConfigError, DataError
 from omni_train.engine.exit_codes import RunError
@@ -30,6 +32,8 @@ def run_data(args: argparse.Namespace) -> int:
             return run_preparing(args)
         if args.action in INSPECTIONS:
             return run_inspection(args)
+        if args.action in RECORDS:
+            return run_records(args)
         if "://" in args.path:
             raise ConfigError(
                 key="PATH",

@@ -44,7 +44,7 @@ class SpikeConfig:
     """
 
     window: int = 128
-    deviations: float = 8.0
+    deviations: float = 6.0
     skip_steps: list[int] = field(default_factory=list)
     rewind_to: int | None = None
 

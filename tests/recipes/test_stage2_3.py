@@ -15,7 +15,9 @@ import recipes.stage3_long  # noqa: F401  both register their roots
 from omni_train.config.errors import ConfigError
 from omni_train.config.load import compose_config
 from omni_train.config.register import find_root
+from omni_train.data.replay import step_samples
 from omni_train.data.tokenizer import load_tokenizer
+from omni_train.engine.hashing import keys_hash
 from omni_train.models.build import build_thinker
 from omni_train.models.config import ModelConfig
 from omni_train.models.groups import THINKER_GROUPS, group_of
@@ -118,6 +120,46 @@ def test_held_out_sets_are_scored_while_training(second: Path) -> None:
         assert event["num_samples"] == 6
         assert math.isfinite(event["loss"])
         assert 0.0 <= event["exact_match"] <= event["token_accuracy"] <= 1.0
+
+
+def test_the_samples_of_a_step_can_be_named(second: Path) -> None:
+    for event in read_steps(second / "events.jsonl"):
+        found = step_samples(second, event["step"])
+        assert f"{keys_hash([sample.key for sample in found]):016x}" == event["keys"]
+        assert {sample.source for sample in found} <= set(KINDS)
+    with pytest.raises(ConfigError, match="no event of that step"):
+        step_samples(second, STEPS + 1)
+
+
+def test_model_flops_are_counted_and_no_peak_is_made_up(second: Path) -> None:
+    steps = read_steps(second / "events.jsonl")
+    # 6 FLOPs for each of some million parameters and some thousand tokens.
+    assert all(1e9 < step["model_flops"] < 1e12 for step in steps)
+    assert torch.cuda.is_available() or not any("mfu" in step for step in steps)
+
+
+@pytest.mark.slow
+def test_a_run_goes_back_and_passes_over_a_named_step(
+    second: Path, corpus: Path, towers: Path, tmp_path: Path
+) -> None:
+    given = stage2(corpus, towers, tmp_path / "run", "heldout.every_steps=99", "fit.save_steps=1")
+    given.append("fit.keep_checkpoints=9")
+    run("stage2_multimodal", given)
+    back = [*given, "fit.spikes.rewind_to=1", "fit.spikes.skip_steps=[3]"]
+    run("stage2_multimodal", back)
+    assert [e["to"] for e in events(tmp_path / "run", "rewind")] == [1]
+    (skipped,) = events(tmp_path / "run", "skipped")
+    first, again = events(second, "step"), events(tmp_path / "run", "step")[STEPS:]
+    assert [e["step"] for e in again] == [2, 4]
+    assert skipped["step"] == 3
+    assert f"{keys_hash(skipped['keys']):016x}" == first[2]["keys"]
+    assert [e["keys"] for e in again] == [first[1]["keys"], first[3]["keys"]]
+    assert again[0]["loss"] == first[1]["loss"]
+    assert again[1]["loss"] != first[3]["loss"]
+    # The same command again is done; it does not go back a second time.
+    run("stage2_multimodal", back)
+    assert len(events(tmp_path / "run", "rewind")) == 1
+    assert len(events(tmp_path / "run", "step")) == STEPS + 2
 
 
 @pytest.mark.slow
