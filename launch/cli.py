@@ -51,6 +51,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_checks(add: Add) -> None:
+    from launch.doctor import add_doctor
+
+    doctor = add(
+        "doctor",
+        "Check this machine, or several: software, devices, disk, data, ranks, clocks; remedies.",
+        "omni-train doctor",
+        "omni-train doctor stage1_audio experiment=stage1_audio/debug --json",
+        "srun omni-train doctor --nodes 2 --ranks 8 --rendezvous node1:29500",
+    )
+    add_doctor(doctor)
     demo = add(
         "demo",
         "Make a small corpus and train the recipe on two CPU ranks; no GPU, no network.",
@@ -319,6 +329,12 @@ def _plan(args: argparse.Namespace) -> int:
     return run_plan(args)
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    from launch.doctor import run_doctor
+
+    return run_doctor(args)
+
+
 def _runs(args: argparse.Namespace) -> int:
     from launch.runs import run_runs
 
@@ -369,6 +385,7 @@ _COMMANDS = {
     "demo": _demo,
     "stages": _stages,
     "config": _config,
+    "doctor": _doctor,
     "plan": _plan,
     "runs": _runs,
     "train": _train,

@@ -182,6 +182,16 @@ def plan_stage(
     return plan
 
 
+def checkpoint_bytes(recipe: str, values: Mapping[str, Any], *, root: Path) -> tuple[float, float]:
+    """Return the bytes of one checkpoint of a stage, and of the frozen weights written once.
+
+    Args:
+        recipe, values, root: as in `plan_stage`.
+    """
+    model = measure_model(recipe, values, _tokenizer(values, root), root=root)
+    return CHECKPOINT_BYTES_PER_TRAINED * model.trained_parameters, _frozen_bytes(values, model)
+
+
 def _tokenizer(values: Mapping[str, Any], root: Path) -> PreTrainedTokenizerFast | None:
     path = root / str(values["model"]["tokenizer"])
     return load_tokenizer(path) if (path / "tokenizer.json").is_file() else None
