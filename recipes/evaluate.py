@@ -5,7 +5,7 @@ Trained:  nothing
 Decoding: text greedily, repetition penalty 1.0; speech sampled as each task says; on plain
           replicas, one of each model per rank
 Out:      `evaluation` events and `predictions-<task>.jsonl` with every reply; for speech, some
-          waves in `audio/`
+          waves in `audio/`; with talker_before, `talker_guard` events
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from omni_train.data.tokenizer import load_tokenizer
 from omni_train.data.types import ProcessingConfig
 from omni_train.engine.deepspeed import Precision
 from omni_train.engine.run import RunConfig, start_run
+from omni_train.evaluation.guard import report_change, speak_before
 from omni_train.evaluation.scoring import format_scores
 from omni_train.evaluation.spoken import SpeechTask, evaluate_speech
 from omni_train.evaluation.tasks import EvaluationTask, evaluate_task
@@ -31,12 +32,19 @@ from omni_train.tracking.config import TrackingConfig
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
-    """Root config of `evaluate`: `tasks` are replies in text, `speech` are spoken ones."""
+    """Root config of `evaluate`: `tasks` are replies in text, `speech` are spoken ones.
+
+    Args:
+        talker_before: run or directory with a Talker, and the Thinker that it was trained with; the
+            spoken tasks are then scored with that Thinker and with the one of `model`, both with
+            that Talker.
+    """
 
     run: RunConfig
     model: ModelConfig
     tasks: dict[str, EvaluationTask] = field(default_factory=dict)
     speech: dict[str, SpeechTask] = field(default_factory=dict)
+    talker_before: str = ""
     processing: ProcessingConfig = field(default_factory=ProcessingConfig)
     precision: Precision = Precision.bf16
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -58,6 +66,13 @@ def validate(cfg: EvaluateConfig, world_size: int) -> None:
             rule="there is nothing to score",
             remedy="add tasks.NAME.path=DIRECTORY and tasks.NAME.metric, or speech.NAME.path",
         )
+    if cfg.talker_before and not cfg.speech:
+        raise ConfigError(
+            key="talker_before",
+            value=cfg.talker_before,
+            rule="there is nothing to say before and after",
+            remedy="add speech.NAME.path, or leave it out",
+        )
 
 
 @recipe_main(EvaluateConfig, "evaluate", validate)
@@ -68,12 +83,23 @@ def main(raw: DictConfig) -> None:
         cfg.run, stage="evaluate", settings=cfg, typed=raw, tracking=cfg.tracking
     ) as run:
         tokenizer = load_tokenizer(cfg.model.tokenizer)
-        device = run.world.device
+        device, model = run.world.device, cfg.model
+        before: dict[str, dict[str, float]] = {}
+        if cfg.talker_before:
+            model, before = speak_before(
+                cfg.speech,
+                model,
+                cfg.talker_before,
+                tokenizer,
+                cfg.processing,
+                cfg.precision,
+                run,
+            )
         if cfg.speech:
-            replicas = load_replicas(cfg.model, tokenizer, cfg.precision, device)
+            replicas = load_replicas(model, tokenizer, cfg.precision, device)
             thinker = replicas.thinker
         else:
-            thinker = build_replica(cfg.model, tokenizer, cfg.precision, device)
+            thinker = build_replica(model, tokenizer, cfg.precision, device)
         scores = {
             name: (
                 task.metric,
@@ -84,7 +110,9 @@ def main(raw: DictConfig) -> None:
         if scores:
             run.say(format_scores(scores))
         for name, spoken in cfg.speech.items():
-            evaluate_speech(name, spoken, replicas, tokenizer, cfg.processing, run)
+            figures = evaluate_speech(name, spoken, replicas, tokenizer, cfg.processing, run)
+            if name in before:
+                report_change(name, before[name], figures, run)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,8 @@ def evaluate_speech(
     tokenizer: PreTrainedTokenizerFast,
     processing: ProcessingConfig,
     run: Run,
+    *,
+    saved_as: str = "",
 ) -> dict[str, float]:
     """Sample, hear and score one task; one `evaluation` event.
 
@@ -127,6 +129,7 @@ def evaluate_speech(
         name: of the task, in events, files and the keys of the noise.
         replicas: plain models on this rank's device.
         processing: how media become tokens, as in training.
+        saved_as: name in events and files, where the same task is spoken twice.
 
     Returns:
         The figures of the event, the same on every rank.
@@ -142,7 +145,7 @@ def evaluate_speech(
     mine = numbered[run.world.rank :: run.world.size]
     num_codes = replicas.talker.spec.num_codes
     with one_thread(run.world.device):
-        judge = _make_judge(name, task, num_codes, run)
+        judge = _make_judge(saved_as or name, task, num_codes, run)
         texts = [_text(source, place) for _, place in mine]
         references = References(task.references, num_codes) if task.references else None
         utterances = _utterances(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file, save_file
 
 from data_pipelines.codes import add_codes
 from data_pipelines.demo_content import VOCABULARY
@@ -119,6 +121,33 @@ def test_two_ranks_score_as_one(made: Path, one: Path, tmp_path: Path) -> None:
     waves = [sorted((r / "audio" / "tts").iterdir()) for r in (one, tmp_path / "run")]
     assert [path.name for path in waves[0]] == [f"s{number}.wav" for number in range(KEPT)]
     assert [p.read_bytes() for p in waves[0]] == [p.read_bytes() for p in waves[1]]
+
+
+@pytest.mark.slow
+def test_a_talker_is_heard_before_and_after_its_thinker_changed(
+    made: Path, one: Path, tmp_path: Path
+) -> None:
+    """The same Thinker gives the same speech; another one is heard with the same Talker."""
+    tensors = load_file(made / "model" / "model.safetensors")
+    (tmp_path / "other").mkdir()
+    shutil.copy(made / "model" / "config.json", tmp_path / "other" / "config.json")
+    thinker = {name: t for name, t in tensors.items() if name.startswith("thinker.")}
+    head = "thinker.lm_head.weight"
+    # The head makes no speech, so this Thinker is the same to the Talker.
+    save_file(thinker | {head: thinker[head] * 2}, str(tmp_path / "other" / "model.safetensors"))
+    more = (f"talker_before='{made}/model'", "tracking=none")
+    code, output = run(
+        made, tmp_path / "run", f"model.init_from='{tmp_path}/other'", *more, ranks=1
+    )
+    assert code == 0, output
+    events = list(read_jsonl(tmp_path / "run" / "events.jsonl"))
+    (guard,) = [e for e in events if e["kind"] == "talker_guard"]
+    assert guard["task"] == "tts"
+    assert guard["rise"] == 0.0
+    assert guard["wer_before"] == guard["wer_after"] == figures(one)["wer"]
+    assert rows(tmp_path / "run") == rows(one)
+    names = [e["task"] for e in events if e["kind"] == "evaluation"]
+    assert names == ["tts_before", "tts"]
 
 
 def test_every_prediction_is_there_with_what_was_heard(made: Path, one: Path) -> None:
