@@ -1,10 +1,9 @@
 """Dialogues of the demo corpus, as plans: several turns, and questions by voice and in writing.
 
     dialogue  two or three turns about a text, a picture, speech, a clip with sound, or several
-    question  picture and a question about it: the same question once spoken, once written
+    question  picture and questions about it, spoken or written; the held-out ones in both ways
 
-In training no dialogue follows from another; the held-out questions come in such pairs. Not done
-here: sound, pixels, files.
+Not done here: sound, pixels, files.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ QUESTIONS = {
     "size": ("Is it small or large?", "How big is it?"),
     "place": ("Where is it?", "In which place is it?"),
 }
+_QUESTIONS_PER_PICTURE = 3
 _SOUNDS = (Sound.full, Sound.none, Sound.shorter, Sound.full, Sound.longer, Sound.full)
 
 
@@ -94,10 +94,23 @@ class _Draft:
         """Add a turn."""
         self.messages += [user_message(*media, question), reply_message(answer)]
 
-    def ask_of(self, scene: Scene) -> None:
-        """Add a question about a scene that was shown."""
-        about = self.rng.choice(sorted(QUESTIONS))
-        self.ask(pick(QUESTIONS[about], f"{self.key} {about}"), getattr(scene, about))
+    def ask_of(self, scene: Scene, count: int) -> None:
+        """Add questions about a scene that was shown."""
+        for about in self.rng.sample(sorted(QUESTIONS), count):
+            self.put(about, scene, [], by_voice=False)
+
+    def put(
+        self, about: str, scene: Scene, media: list[tuple[str, str]], *, by_voice: bool
+    ) -> None:
+        """Add a question about a scene, spoken or written."""
+        question = QUESTIONS[about][self.rng.randrange(len(QUESTIONS[about]))]
+        answer = reply_message(getattr(scene, about))
+        if by_voice:
+            heard = ("audio", self.add(".wav", Speech(question, self.voice)))
+            self.messages += [user_message(*media, heard), answer]
+            self.voiced = True
+        else:
+            self.messages += [user_message(*media, question), answer]
 
     def ask_word(self, words: tuple[str, ...]) -> None:
         """Ask for the first or the last of several words."""
@@ -131,27 +144,26 @@ def plan_dialogue(recipe: Recipe) -> Iterator[SamplePlan]:
 
 
 def plan_question(recipe: Recipe) -> Iterator[SamplePlan]:
-    """Questions about a picture, spoken and written in turn.
+    """Questions about a picture, spoken and written.
 
-    A held-out pair is the same picture and the same question: nothing but the voice differs.
+    In training several to a picture, each in either way. Held out is one to a picture, and every
+    one comes in both ways: nothing but the voice differs.
     """
     paired = recipe.split is Split.heldout
     for number, key in enumerate(recipe.keys("question")):
-        spoken = number % 2 == 0
         draft = _Draft(key, number // 2 if paired else number, recipe, "question")
         scene, member = draft.picture()
-        about = sorted(QUESTIONS)[draft.number % len(QUESTIONS)]
-        question = QUESTIONS[about][draft.rng.randrange(len(QUESTIONS[about]))]
-        picture = ("image", member)
-        if spoken:
-            heard = ("audio", draft.add(".wav", Speech(question, draft.voice)))
-            draft.messages = [user_message(picture, heard)]
-            draft.voiced = True
+        if paired:
+            spoken = [number % 2 == 0]
+            asked = [sorted(QUESTIONS)[draft.number % len(QUESTIONS)]]
         else:
-            draft.messages = [user_message(picture, question)]
-        draft.messages.append(reply_message(getattr(scene, about)))
-        group = "voice" if spoken else "text"
-        yield draft.plan("question", group=group, pair=draft.number, about=about)
+            asked = draft.rng.sample(sorted(QUESTIONS), _QUESTIONS_PER_PICTURE)
+            spoken = [draft.rng.random() < 0.5 for _ in asked]
+        for turn, (about, by_voice) in enumerate(zip(asked, spoken, strict=True)):
+            media = [("image", member)] if turn == 0 else []
+            draft.put(about, scene, media, by_voice=by_voice)
+        group = {True: "voice", False: "text"}[spoken[0]] if paired else ""
+        yield draft.plan("question", group=group, about=asked)
 
 
 def _about_text(draft: _Draft) -> None:
@@ -162,8 +174,7 @@ def _about_text(draft: _Draft) -> None:
 
 def _about_picture(draft: _Draft) -> None:
     scene = draft.show()
-    draft.ask_of(scene)
-    draft.ask_of(scene)
+    draft.ask_of(scene, 3)
 
 
 def _about_speech(draft: _Draft) -> None:
@@ -196,7 +207,7 @@ def _about_clip(draft: _Draft) -> None:
 def _about_both(draft: _Draft) -> None:
     scene = draft.show()
     draft.say(draft.draw_words())
-    draft.ask("What shape was in the picture?", scene.shape)
+    draft.ask_of(scene, 1)
 
 
 def _about_two_pictures(draft: _Draft) -> None:

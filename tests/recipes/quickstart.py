@@ -63,6 +63,11 @@ def main(folder: str, voice: str) -> None:
         inputs[name] = inputs[name].to(dtype)
     limits = {"do_sample": False, "use_audio_in_video": False}
     thinker = model.thinker.generate(**inputs, max_new_tokens=NEW_TOKENS, **limits)
+    # Random weights soon end a reply; without its end there is more to compare.
+    end = processor.tokenizer.eos_token_id
+    endless = model.thinker.generate(
+        **inputs, max_new_tokens=NEW_TOKENS, suppress_tokens=[end], **limits
+    )
     whole = model.generate(
         **inputs,
         speaker=voice,
@@ -75,7 +80,7 @@ def main(folder: str, voice: str) -> None:
         "logits": logits_hash(probe_logits(model.thinker)),
         "thinker": thinker[0, length:].tolist(),
         "whole": whole[0, length:].tolist(),
-        "ids": [inputs["input_ids"][0].tolist(), thinker[0, length:].tolist()],
+        "ids": [inputs["input_ids"][0].tolist(), endless[0, length:].tolist()],
         "ours": [ids, ours],
         "text": processor.batch_decode(whole[:, length:], skip_special_tokens=True)[0],
     }
@@ -103,14 +108,14 @@ def _ours(
     replica = build_replica(config, tokenizer, Precision.bf16, torch.device("cpu"))
     raw = fetch(source.path_of(0), source.row(0, 0))
     prompt = encode(raw, tokenizer, ProcessingConfig(), replica.spec, add_generation_prompt=True)
-    # transformers may give a media id; ours never does.
+    # Media ids stay allowed, as transformers has it.
     reply = greedy(
         replica,
         [prompt],
         replica.spec,
         max_new_tokens=NEW_TOKENS,
         stop_ids=(),
-        suppress_ids=(),
+        suppress_ids=[tokenizer.eos_token_id],
     )[0]
     return prompt.input_ids.tolist(), reply
 

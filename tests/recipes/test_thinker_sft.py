@@ -23,6 +23,7 @@ from omni_train.models.lora import is_adapter, plain_name
 from omni_train.models.weights import CheckpointSource, SafetensorsSource, open_source
 from omni_train.tracking.events import read_jsonl, read_steps
 from tests.recipes.launching import finish, start
+from tests.recipes.quickstart import NEW_TOKENS
 from tests.whole_models import VOICE, save_base, write_dialogues
 
 STEPS = 3
@@ -129,6 +130,7 @@ def test_export_is_the_whole_model_bit_for_bit(root: Path, full: Path) -> None:
     assert found["logits"] == digest
     assert found["whole"] == found["thinker"]
     assert found["ids"] == found["ours"]
+    assert len(found["ours"][1]) == NEW_TOKENS
     tokenizer = load_tokenizer(out)
     assert tokenizer_hash(tokenizer) == tokenizer_hash(load_tokenizer(root / "base" / "tokenizer"))
     card = (out / "README.md").read_text()
