@@ -167,24 +167,29 @@ def dummy_mel(spec: ModelSpec) -> tuple[Tensor, Tensor]:
     return torch.zeros(spec.num_mel_bins, DUMMY_MEL_FRAMES), torch.tensor([DUMMY_MEL_FRAMES])
 
 
-def vision_kwargs(grid_thw: Tensor, spec: ModelSpec) -> dict[str, Tensor]:
+def vision_kwargs(grid_thw: Tensor, spec: ModelSpec) -> dict[str, Tensor | int]:
     """Return what the vision tower takes precomputed; see `Batch`."""
     window_index, cu_window_seqlens = get_vision_window_index(
         grid_thw, spec.merge_size, spec.window_size, spec.patch_size
     )
+    cu_seqlens = get_vision_cu_seqlens(grid_thw)
     return {
         "position_ids": get_vision_position_ids(grid_thw, spec.merge_size),
-        "cu_seqlens": get_vision_cu_seqlens(grid_thw),
+        "cu_seqlens": cu_seqlens,
+        "max_seqlen": int(cu_seqlens.diff().max()),
         "window_index": window_index,
         "cu_window_seqlens": cu_window_seqlens,
+        "max_window_seqlen": int(cu_window_seqlens.diff().max()),
     }
 
 
-def audio_kwargs(chunk_lengths: Tensor, mel_lengths: Tensor) -> dict[str, Tensor]:
+def audio_kwargs(chunk_lengths: Tensor, mel_lengths: Tensor) -> dict[str, Tensor | int]:
     """Return what the audio tower takes precomputed; see `Batch`."""
+    cu_seqlens = get_audio_cu_seqlens(chunk_lengths)
     return {
         "chunk_lengths": chunk_lengths,
         "valid_indices": get_valid_indices(chunk_lengths),
         "pool_indices": get_pool_indices(mel_lengths),
-        "cu_seqlens": get_audio_cu_seqlens(chunk_lengths),
+        "cu_seqlens": cu_seqlens,
+        "max_seqlen": int(cu_seqlens.diff().max()),
     }

@@ -187,7 +187,9 @@ def _audio_share(batch: Batch, spec: ModelSpec, local: int) -> dict[str, Any]:
     place = spec.sequence
     if not batch.audio_index.numel():
         return {"audio_exchange": Exchange.none(place)}
-    frames = batch.audio_kwargs["chunk_lengths"].tolist()
+    chunk_lengths = batch.audio_kwargs["chunk_lengths"]
+    assert isinstance(chunk_lengths, Tensor), "the worker made it so"
+    frames = chunk_lengths.tolist()
     clips = [
         clip
         for clip, length in enumerate(batch.mel_lengths.tolist())

@@ -319,13 +319,13 @@ class Batch:
         patches: uint8 [P, 3 * temporal_patch_size * patch_size ** 2].
         grid_thw: int64 [num_visuals, 3].
         vision_index: int64 [P / merge_size ** 2], positions in T; empty with the dummy.
-        vision_kwargs: tensors the vision tower takes precomputed (`position_ids`, `cu_seqlens`,
-            `window_index`, `cu_window_seqlens`).
+        vision_kwargs: what the vision tower takes precomputed (`position_ids`, `cu_seqlens`,
+            `window_index`, `cu_window_seqlens`, and the longest of either).
         mel_chunks: float32 [num_chunks, num_mel_bins, chunk_frames], padded 2 s chunks.
         mel_lengths: int64 [num_audios].
         audio_index: int64 [num_audio_tokens], positions in T; empty with the dummy.
-        audio_kwargs: tensors the audio tower takes precomputed (`chunk_lengths`,
-            `valid_indices`, `pool_indices`, `cu_seqlens`).
+        audio_kwargs: what the audio tower takes precomputed (`chunk_lengths`, `valid_indices`,
+            `pool_indices`, `cu_seqlens` and the longest).
         bad: (source, shard, key, reason) of samples that were planned but could not be used.
         document_targets: supervised tokens of each document, in order; they add up to
             `num_target_tokens`.
@@ -347,11 +347,11 @@ class Batch:
     patches: Tensor
     grid_thw: Tensor
     vision_index: Tensor
-    vision_kwargs: dict[str, Tensor]
+    vision_kwargs: dict[str, Tensor | int]
     mel_chunks: Tensor
     mel_lengths: Tensor
     audio_index: Tensor
-    audio_kwargs: dict[str, Tensor]
+    audio_kwargs: dict[str, Tensor | int]
     bad: list[tuple[str, str, str, str]]
     document_targets: list[int]
     kinds: list[tuple[str, str]]
@@ -376,7 +376,10 @@ class Batch:
             elif isinstance(value, Segments):
                 value = value.to(device)
             elif isinstance(value, dict):
-                value = {k: v.to(device, non_blocking=True) for k, v in value.items()}
+                value = {
+                    k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
+                    for k, v in value.items()
+                }
             moved[spec.name] = value
         return Batch(**moved)
 

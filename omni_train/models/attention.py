@@ -3,8 +3,8 @@
 A token sees its own segment up to itself and the segment's ancestors whole
 (`omni_train.data.visibility`); no T x T mask or matrix is ever built. Registered with transformers
 under a name of ours. Where no segments come along (decoding with a cache), this is transformers'
-own SDPA with the mask it was given. The towers keep transformers' SDPA, which already works window
-by window.
+own SDPA with the mask it was given. The towers attend window by window, by the offsets that the
+data worker made.
 
 Letters: T tokens of the pack, Hq query heads, Hk key and value heads, D head size, R tokens of a
 segment, A of its ancestors.
@@ -12,6 +12,7 @@ segment, A of its ancestors.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -20,12 +21,15 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from omni_train.config.errors import ConfigError
 from omni_train.data.visibility import Segments
 
 SEGMENT_ATTENTION = "omni_segments"
+# transformers reads the name: with `flash` in it the towers pass offsets on, and the host waits for
+# no lengths.
+WINDOW_ATTENTION = "omni_flash_windows"
 
 
 def register_attention() -> str:
@@ -34,6 +38,20 @@ def register_attention() -> str:
     # For transformers' own `generate` on such a model: masks as for SDPA.
     ALL_MASK_ATTENTION_FUNCTIONS.register(SEGMENT_ATTENTION, sdpa_mask)
     return SEGMENT_ATTENTION
+
+
+def attend_by_windows(tower: PreTrainedModel) -> None:
+    """Give the layers of a tower `window_attention`.
+
+    The tower's own config stays as it is: whoever builds a model from it, or asks transformers to
+    set this name, would have transformers look for a kernel to install.
+    """
+    ALL_ATTENTION_FUNCTIONS.register(WINDOW_ATTENTION, window_attention)
+    config = copy.copy(tower.config)
+    config._attn_implementation = WINDOW_ATTENTION
+    for module in tower.modules():
+        if module is not tower and getattr(module, "config", None) is tower.config:
+            module.config = config
 
 
 def packed_hidden(
@@ -126,6 +144,54 @@ def segment_attention(
             remedy="use bf16",
         )
     return _by_segment(query, key, value, segments, scaling), None
+
+
+def window_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Full attention inside each window of a tower, in the form of transformers.
+
+    Args:
+        module: the attention layer.
+        query, key, value: [1, Hq, T, D].
+        attention_mask: None.
+        cu_seq_lens_q: int32 [windows + 1], where windows begin, and T.
+        max_length_q: tokens of the longest one.
+        scaling: factor of the scores.
+        dropout: must be 0.
+
+    Returns:
+        [1, T, Hq, D] and None (no weights).
+    """
+    assert dropout == 0.0, f"attention dropout of {dropout}"
+    if _fits_varlen(query):
+        flat_query, flat_key, flat_value = (t[0].transpose(0, 1) for t in (query, key, value))
+        packed = varlen_attn(
+            flat_query,
+            flat_key,
+            flat_value,
+            cu_seq_lens_q,
+            cu_seq_lens_q,
+            max_length_q,
+            max_length_q,
+            scale=scaling,
+        )
+        assert isinstance(packed, Tensor)
+        return packed[None], None
+    lengths = cu_seq_lens_q.diff().tolist()
+    windows = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
+    outputs = [scaled_dot_product_attention(q, k, v, scale=scaling) for q, k, v in windows]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
 def _by_segment(

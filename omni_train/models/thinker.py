@@ -19,7 +19,11 @@ from trl.kernels import ChunkedLogProbFunction
 
 from omni_train.data.image import normalize_patches
 from omni_train.data.types import Batch, ModelSpec
-from omni_train.models.attention import packed_hidden, register_attention
+from omni_train.models.attention import (
+    attend_by_windows,
+    packed_hidden,
+    register_attention,
+)
 from omni_train.models.sequence_parallel import SequenceParallel
 from omni_train.models.weights import BuildReport
 
@@ -87,6 +91,8 @@ class ThinkerForTraining(nn.Module):
         fused.weight, fused.bias = head.weight, head.bias
         thinker.lm_head = fused
         thinker.model.language_model.set_attn_implementation(register_attention())
+        for tower in (thinker.model.visual, thinker.model.audio_tower):
+            attend_by_windows(tower)
         self.thinker = thinker
         # Where each tensor came from, and what data workers must know; set by build.py.
         self.report = BuildReport()
