@@ -7,6 +7,7 @@ holds more than one module whole. A fresh tensor's values depend on the seed and
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -64,6 +65,8 @@ from omni_train.models.weights import (
     open_source,
 )
 
+# Bytes that are read between two calls of malloc_trim, which walks the whole heap.
+_TRIM_BYTES = 64 << 20
 # What a Talker that starts afresh takes from no checkpoint; its rows are still the Thinker's.
 FRESH_TALKER = frozenset({"talker", "talker_projection", "codec_head"})
 
@@ -276,7 +279,7 @@ def materialise(
         sources: by parameter name; a parameter without one is initialised.
         seed, dtype, zero3_config: as in `build_thinker`.
     """
-    report = BuildReport()
+    report, freed = BuildReport(), 0
     for prefix, module, owner in _modules_with_tensors(model):
         names = {key: f"{prefix}.{key}" for key, _ in module.named_parameters(recurse=False)}
         values = {key: _load(module, key, name, sources) for key, name in names.items()}
@@ -285,7 +288,9 @@ def materialise(
             _initialise(module, owner, seed=seed, name=prefix)
         for key, value in values.items():
             param = getattr(module, key)
-            param.data = (param.data if value is None else value).to(dtype)
+            # A copy: ZeRO-3 writes into what it partitions, and a written page of a mapped file
+            # stays in memory until the file is closed, so all of them would.
+            param.data = param.data.to(dtype) if value is None else value.to(dtype, copy=True)
             if value is None:
                 report.initialised.append(names[key])
             else:
@@ -295,6 +300,9 @@ def materialise(
                     report.converted[names[key]] = note
         if zero3_config is not None and names:
             _partition(module, zero3_config)
+            freed += sum(4 * value.numel() for value in values.values() if value is not None)
+        if freed > _TRIM_BYTES:
+            freed = _return_freed_memory()
     for source in {id(source): source for source in sources.values()}.values():
         used = {plain_name(name) for name in report.loaded}
         report.unused[source.path] = sorted(source.names() - used)
@@ -453,6 +461,18 @@ def _initialise(module: nn.Module, owner: PreTrainedModel, *, seed: int, name: s
                 owner._init_weights(module)
     finally:
         torch.set_rng_state(before)
+
+
+def _return_freed_memory() -> int:
+    """Hand freed memory back to the system where the C library can, and count from 0 again.
+
+    Whole tensors come and go between partitions that stay, so the heap would keep their room: about
+    as much again as this rank's share of the model.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    return 0
 
 
 def _partition(module: nn.Module, zero3_config: dict[str, Any]) -> None:

@@ -92,8 +92,7 @@ class PartSource:
                 remedy="give the directory as it was released",
             )
         piece: Tensor = whole.chunk(taken.pieces)[taken.piece]
-        # What is read is memory of the file: a copied tensor would be one with its original.
-        return piece.clone() if taken.note else piece
+        return piece
 
     def note(self, name: str) -> str:
         """Return what was done to a tensor; empty where it is as stored."""
