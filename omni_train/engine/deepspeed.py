@@ -240,9 +240,7 @@ def build_engine(
         assert pack_tokens is not None, "checked above"
         policy = _fitting_policy(model, config, pack_tokens, sum(sizes))
     checkpoint_layers(model, policy, offload=config.offload_activations)
-    return Engine(
-        model=engine, groups=groups, optim=optim, notes=notes or {}, checkpointing=policy
-    )
+    return Engine(model=engine, groups=groups, optim=optim, notes=notes or {}, checkpointing=policy)
 
 
 def _check_checkpointing(config: DeepSpeedConfig, pack_tokens: int | None) -> None:
