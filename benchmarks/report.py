@@ -50,6 +50,7 @@ def compare(
     goal: float,
     pairs: int = PAIRS,
     items: int = 0,
+    before: Callable[[], object] = lambda: None,
 ) -> Row:
     """Time both sides in turn and return the row; each runs once before, untimed.
 
@@ -59,10 +60,17 @@ def compare(
         goal: least ratio.
         pairs: timed pairs, of which the median counts.
         items: things handled by one call, to show a rate; 0 shows milliseconds.
+        before: called, untimed, before each call of either side.
     """
-    ours()
-    peer()
-    times: list[tuple[float, float]] = [(_seconds(ours), _seconds(peer)) for _ in range(pairs)]
+
+    def both() -> tuple[float, float]:
+        before()
+        mine = _seconds(ours)
+        before()
+        return mine, _seconds(peer)
+
+    both()
+    times = [both() for _ in range(pairs)]
     ratios = [theirs / mine for mine, theirs in times]
     mine, theirs = (statistics.median(side) for side in zip(*times, strict=True))
     if items:

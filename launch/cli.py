@@ -17,6 +17,8 @@ Add = Callable[..., argparse.ArgumentParser]
 
 
 def _parser() -> argparse.ArgumentParser:
+    from launch.checkpoint import add_checkpoint
+
     parser = argparse.ArgumentParser(
         prog="omni-train",
         description="Trains Qwen2.5-Omni stage by stage on DeepSpeed.",
@@ -47,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(add)
     _add_data(add)
     _add_talker(add)
+    add_checkpoint(add)
     return parser
 
 
@@ -379,7 +382,14 @@ def _talker(args: argparse.Namespace) -> int:
     return run_talker(args)
 
 
+def _checkpoint(args: argparse.Namespace) -> int:
+    from launch.checkpoint import run_checkpoint
+
+    return run_checkpoint(args)
+
+
 _COMMANDS = {
+    "checkpoint": _checkpoint,
     "data": _data,
     "talker": _talker,
     "demo": _demo,

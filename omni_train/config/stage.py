@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from omni_train.data.config import DataConfig
 from omni_train.engine.deepspeed import DeepSpeedConfig
-from omni_train.engine.fit import FitConfig
+from omni_train.engine.fit_config import FitConfig
 from omni_train.engine.optim import OptimConfig
 from omni_train.engine.run import RunConfig
 from omni_train.models.config import ModelConfig

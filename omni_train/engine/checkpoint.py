@@ -9,13 +9,18 @@ same slices. Directories, manifests and retention are checkpoint_files.py's.
 from __future__ import annotations
 
 import base64
+import errno
 import json
+import os
 import random
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -34,13 +39,23 @@ from omni_train.engine.checkpoint_reader import (
     slice_key,
 )
 from omni_train.engine.deepspeed import Engine
-from omni_train.engine.distributed import barrier, gather_json, get_world, sum_over_ranks
+from omni_train.engine.distributed import (
+    barrier,
+    gather_json,
+    get_world,
+    new_group,
+    sum_over_ranks,
+)
 from omni_train.engine.exit_codes import ExitCode, RunError, exit_code_of
 from omni_train.engine.hashing import update_with_tensor
 from omni_train.engine.run import Run, log
 
 # Room for JSON and file system overhead when free space is compared with what will be written.
 _SPACE_MARGIN = 1.05
+# For a save in progress when something else has ended the run.
+_LAST_WAIT_S = 60.0
+_NO_SPACE = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+Gather = Callable[[Any], list[Any]]
 
 
 def _pieces(engine: Engine, *, trainable: bool) -> Iterator[tuple[str, nn.Parameter, shards.Piece]]:
@@ -51,75 +66,171 @@ def _pieces(engine: Engine, *, trainable: bool) -> Iterator[tuple[str, nn.Parame
                 yield name, param, shards.piece_of(param, rank=world.rank, world_size=world.size)
 
 
-def save_checkpoint(
-    engine: Engine,
-    run: Run,
-    *,
-    loader_state: dict[str, int | str],
-    metrics: dict[str, float],
-    keep: int,
-) -> Path:
-    """Write `step-N` for the engine's current step; all ranks must call.
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """What a checkpoint will hold of this rank, copied at one step: nothing of it changes again."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    rng: dict[str, Any]
+    state: dict[str, Any]
+
+
+class CheckpointWriter:
+    """Writes `step-N` directories in a thread while training goes on; all ranks do the same.
+
+    `save` copies the state and returns; writing, fsync, hashing, manifest, rename and pointer
+    follow behind it, and the ranks' threads exchange over a group of their own. What a thread could
+    not do is raised, on all ranks alike, by the next `save`, by `finish`, or at the end of the
+    `with` block.
 
     Args:
-        engine: between two global steps.
-        run: gives directory and fingerprint.
-        loader_state: position of the next global step.
-        metrics: figures to find the checkpoint by.
-        keep: complete checkpoints to keep, this one included.
-
-    Raises:
-        RunError: a rank could not write (exit code 74 where the disk is the cause). Older
-            checkpoints are then untouched.
+        engine, run: what is saved, and where.
+        keep: complete checkpoints to keep, the newest included.
+        milestone_steps: checkpoints whose step this divides stay too; 0 for none.
     """
-    root, world = run.checkpoints, get_world()
-    _make_room(engine, root)
-    frozen, frozen_files = _ensure_frozen(engine, root)
-    name = f"step-{engine.step}"
-    target = root / name
-    temporary = _shared_temporary(root, name)
-    steps = shards.optimizer_steps(engine.model)
 
-    def write() -> dict[str, FileRecord]:
-        written = [temporary / files.rank_file(world.rank, "safetensors")]
-        save_file(_trained_slices(engine), str(written[0]))
-        written.append(temporary / files.rank_file(world.rank, "json"))
-        written[1].write_text(json.dumps({"rng": rng_state()}), encoding="utf-8")
-        if world.rank == 0:
-            state = {"step": engine.step, "optimizer_steps": steps, "loader": loader_state}
-            written.append(temporary / STATE)
-            state |= {"metrics": metrics, "notes": engine.notes}
-            written[2].write_text(json.dumps(state), encoding="utf-8")
-        for path in written:
-            files.fsync(path)
-        return {path.name: files.record_of(path) for path in written}
+    def __init__(self, engine: Engine, run: Run, *, keep: int, milestone_steps: int = 0) -> None:
+        self._engine, self._run = engine, run
+        self._keep, self._milestone_steps = keep, milestone_steps
+        self._group = new_group()
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
 
-    records = _all_write(write, temporary)
+    def __enter__(self) -> Self:
+        return self
 
-    def finish() -> dict[str, FileRecord]:
-        if world.rank == 0:
-            identity, table = run.identity.as_dict(), _param_table(engine)
-            Manifest(engine.step, world.size, identity, records, frozen, frozen_files, table).write(
-                temporary
-            )
-            files.put_in_place(temporary, target)
-            files.point_to(root, name)
-            files.prune(root, keep=keep)
-        return {}
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        """Finish what was begun; a failure of it counts unless something else went wrong before."""
+        if error is None or exit_code_of(error) is ExitCode.preempted:
+            self.finish()
+            return
+        try:
+            self.finish(timeout_s=_LAST_WAIT_S)
+        except Exception as second:  # noqa: BLE001  the first error is what ends the run
+            log.error("%s", second)
 
-    _all_write(finish, temporary)
-    return target
+    def save(self, *, loader_state: dict[str, int | str], metrics: dict[str, float]) -> int:
+        """Begin a checkpoint of the engine's current step and return that step.
+
+        Args:
+            loader_state: position of the next global step.
+            metrics: figures to find the checkpoint by.
+
+        Raises:
+            RunError: a rank could not write this or the last one (exit code 74 where the disk is
+                the cause). Older checkpoints are then untouched.
+        """
+        start = time.perf_counter()
+        self.finish()
+        engine, step = self._engine, self._engine.step
+        _make_room(engine, self._run.checkpoints)
+        state = {
+            "step": step,
+            "optimizer_steps": shards.optimizer_steps(engine.model),
+            "loader": loader_state,
+            "metrics": metrics,
+            "notes": dict(engine.notes),
+        }
+        snapshot = _Snapshot(step, _trained_slices(engine), {"rng": rng_state()}, state)
+        blocked_s = time.perf_counter() - start
+
+        def work() -> None:
+            try:
+                self._write_or_make_room(snapshot)
+                seconds = time.perf_counter() - start
+                name = f"step-{step}"
+                self._run.event("save", step=step, path=name, seconds=seconds, blocked_s=blocked_s)
+                self._run.write_state("running", exit_code=None, reason="")
+            except Exception as error:  # noqa: BLE001  raised in the training thread
+                self._error = error
+
+        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self._thread.start()
+        return step
+
+    def finish(self, timeout_s: float | None = None) -> None:
+        """Wait until the checkpoint that was begun is there, if any; raises as `save`."""
+        if self._thread is None:
+            return
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            raise RunError(ExitCode.disk, f"a checkpoint was not finished in {timeout_s} s")
+        self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _gather(self, value: Any) -> list[Any]:
+        return gather_json(value, self._group)
+
+    def _write_or_make_room(self, snapshot: _Snapshot) -> None:
+        """Write; where the disk is full, once more without the older checkpoints."""
+        root = self._run.checkpoints
+        try:
+            self._write(snapshot)
+        except RunError as error:
+            if not any(reason in str(error) for reason in _NO_SPACE):
+                raise
+            removed: list[str] = []
+            if get_world().rank == 0:
+                removed = files.prune(root, keep=1, milestone_steps=self._milestone_steps)
+            removed = self._gather(removed)[0]
+            self._run.event("save_failed", step=snapshot.step, reason=str(error), removed=removed)
+            if not removed:
+                raise
+            log.warning("%s; trying again without %s", error, ", ".join(removed))
+            self._write(snapshot)
+
+    def _write(self, snapshot: _Snapshot) -> None:
+        root, world, gather = self._run.checkpoints, get_world(), self._gather
+        frozen, frozen_files = _ensure_frozen(self._engine, root, gather)
+        name = f"step-{snapshot.step}"
+        temporary = _shared_temporary(root, name, gather)
+
+        def write() -> dict[str, FileRecord]:
+            written = [temporary / files.rank_file(world.rank, "safetensors")]
+            save_file(snapshot.tensors, str(written[0]))
+            written.append(temporary / files.rank_file(world.rank, "json"))
+            written[1].write_text(json.dumps(snapshot.rng), encoding="utf-8")
+            if world.rank == 0:
+                written.append(temporary / STATE)
+                written[2].write_text(json.dumps(snapshot.state), encoding="utf-8")
+            for path in written:
+                files.fsync(path)
+            return {path.name: files.record_of(path) for path in written}
+
+        records = _all_write(write, temporary, gather)
+
+        def appear() -> dict[str, FileRecord]:
+            if world.rank == 0:
+                identity, table = self._run.identity.as_dict(), _param_table(self._engine)
+                Manifest(
+                    snapshot.step, world.size, identity, records, frozen, frozen_files, table
+                ).write(temporary)
+                files.put_in_place(temporary, root / name)
+                files.point_to(root, name)
+                files.prune(root, keep=self._keep, milestone_steps=self._milestone_steps)
+            return {}
+
+        _all_write(appear, temporary, gather)
 
 
 def _trained_slices(engine: Engine) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, param, piece in _pieces(engine, trainable=True):
         if piece.length:
-            tensors[slice_key(MASTER, name, piece.start)] = shards.master(param, piece).cpu()
+            tensors[slice_key(MASTER, name, piece.start)] = _copy(shards.master(param, piece))
             for key in shards.MOMENTS:
                 moment = shards.moment(param, piece, key)
-                tensors[slice_key(key, name, piece.start)] = moment.cpu()
+                tensors[slice_key(key, name, piece.start)] = _copy(moment)
     return tensors
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", copy=True)
 
 
 def _param_table(engine: Engine) -> dict[str, dict[str, Any]]:
@@ -134,7 +245,7 @@ def _param_table(engine: Engine) -> dict[str, dict[str, Any]]:
     }
 
 
-def _shared_temporary(root: Path, name: str) -> Path:
+def _shared_temporary(root: Path, name: str, gather: Gather) -> Path:
     """Create a temporary directory on rank 0 and return its path on all ranks."""
     outcome: list[str] = ["", ""]
     if get_world().rank == 0:
@@ -142,13 +253,13 @@ def _shared_temporary(root: Path, name: str) -> Path:
             outcome[0] = files.new_temporary(root, name).name
         except OSError as error:
             outcome[1] = f"{root}: {error}"
-    made, failure = gather_json(outcome)[0]
+    made, failure = gather(outcome)[0]
     if failure:
         raise RunError(ExitCode.disk, failure)
     return root / made
 
 
-def _all_write(action: Any, temporary: Path) -> dict[str, FileRecord]:
+def _all_write(action: Any, temporary: Path, gather: Gather) -> dict[str, FileRecord]:
     """Run `action` on every rank, and end alike on every rank if one of them fails."""
     result: dict[str, Any] = {"files": {}, "error": "", "code": 0}
     cause: Exception | None = None
@@ -160,7 +271,7 @@ def _all_write(action: Any, temporary: Path) -> dict[str, FileRecord]:
         # safetensors reports a full disk as an error of its own, without an errno.
         code = ExitCode.disk if "SafetensorError" in type(error).__name__ else code
         result.update(error=f"{type(error).__name__}: {error}", code=int(code))
-    ranks = gather_json(result)
+    ranks = gather(result)
     failed = [rank for rank, outcome in enumerate(ranks) if outcome["error"]]
     if failed:
         if get_world().rank == 0:
@@ -191,18 +302,18 @@ def _make_room(engine: Engine, root: Path) -> None:
         raise RunError(ExitCode.disk, f"{rule}; free space or lower fit.keep_checkpoints")
 
 
-def _ensure_frozen(engine: Engine, root: Path) -> tuple[str, dict[str, FileRecord]]:
+def _ensure_frozen(engine: Engine, root: Path, gather: Gather) -> tuple[str, dict[str, FileRecord]]:
     """Write the frozen weights unless they lie there already; return their directory and files."""
     world = get_world()
     if not any(not group.trainable for group in engine.groups):
         return "", {}
     if not engine.frozen_hash:
-        engine.frozen_hash = _frozen_hash(engine)
+        engine.frozen_hash = _frozen_hash(engine, gather)
     name = f"frozen-{engine.frozen_hash}"
-    there = gather_json(world.rank == 0 and (root / name / files.MANIFEST).exists())[0]
+    there = gather(world.rank == 0 and (root / name / files.MANIFEST).exists())[0]
     if there:
         return name, Manifest.read(root / name).files
-    temporary = _shared_temporary(root, name)
+    temporary = _shared_temporary(root, name, gather)
 
     def write() -> dict[str, FileRecord]:
         path = temporary / files.rank_file(world.rank, "safetensors")
@@ -215,7 +326,7 @@ def _ensure_frozen(engine: Engine, root: Path) -> tuple[str, dict[str, FileRecor
         files.fsync(path)
         return {path.name: files.record_of(path)}
 
-    records = _all_write(write, temporary)
+    records = _all_write(write, temporary, gather)
 
     def finish() -> dict[str, FileRecord]:
         if world.rank == 0:
@@ -223,17 +334,17 @@ def _ensure_frozen(engine: Engine, root: Path) -> tuple[str, dict[str, FileRecor
             files.put_in_place(temporary, root / name)
         return {}
 
-    _all_write(finish, temporary)
+    _all_write(finish, temporary, gather)
     return name, records
 
 
-def _frozen_hash(engine: Engine) -> str:
+def _frozen_hash(engine: Engine, gather: Gather) -> str:
     digest = xxhash.xxh3_128()
     for name, param, piece in _pieces(engine, trainable=False):
         digest.update(f"{name}:{piece.start}:{piece.stop}:{param.dtype};".encode())
         if piece.length:
             update_with_tensor(digest, shards.frozen(param, piece))
-    ranks = "".join(gather_json(digest.hexdigest()))
+    ranks = "".join(gather(digest.hexdigest()))
     return str(xxhash.xxh3_128_hexdigest(ranks.encode()))
 
 
@@ -274,14 +385,17 @@ def _bad_files(folder: Path, engine: Engine, run: Run) -> list[Problem]:
     if not problems:
         mine = files.verify_checkpoint(folder, share=share, shares=shares)
         problems = _vote(mine)
-        if problems and Manifest.read(folder).frozen == f"frozen-{_frozen_hash(engine)}":
+        if (
+            problems
+            and Manifest.read(folder).frozen == f"frozen-{_frozen_hash(engine, gather_json)}"
+        ):
             _report(problems, folder, run, remedy="rewritten from the loaded model")
             if world.rank == 0:
                 home = folder.parent / Manifest.read(folder).frozen
                 if home.exists():
                     files.quarantine(home)
             barrier()
-            _ensure_frozen(engine, folder.parent)
+            _ensure_frozen(engine, folder.parent, gather_json)
             problems = []
     if problems:
         _report(problems, folder, run, remedy="quarantined, older checkpoint used")

@@ -234,10 +234,15 @@ def quarantine_leftovers(root: Path) -> list[Path]:
     return [quarantine(path) for path in sorted(root.iterdir()) if ".tmp-" in path.name]
 
 
-def prune(root: Path, *, keep: int) -> list[str]:
+def prune(root: Path, *, keep: int, milestone_steps: int = 0) -> list[str]:
     """Delete all but the newest `keep` complete checkpoints, and frozen weights none of them names.
 
     An incomplete directory counts for nothing, so the only complete one is never deleted.
+
+    Args:
+        root: directory of the checkpoints.
+        keep: how many; at least one stays.
+        milestone_steps: a checkpoint whose step this divides stays too; 0 for no such ones.
     """
     complete: list[tuple[Path, Manifest]] = []
     for folder in step_folders(root):
@@ -245,8 +250,13 @@ def prune(root: Path, *, keep: int) -> list[str]:
             complete.append((folder, Manifest.read(folder)))
         except CheckpointError:
             continue
-    kept = complete[: max(1, keep)]
-    doomed = [folder for folder, _ in complete[len(kept) :]]
+    newest = max(1, keep)
+    kept, doomed = complete[:newest], []
+    for folder, manifest in complete[newest:]:
+        if milestone_steps and manifest.step % milestone_steps == 0:
+            kept.append((folder, manifest))
+        else:
+            doomed.append(folder)
     needed = {manifest.frozen for _, manifest in kept}
     if kept:
         frozen = [p for p in root.glob("frozen-*") if p.is_dir() and ".tmp-" not in p.name]

@@ -105,22 +105,37 @@ def sum_over_ranks(values: Sequence[int]) -> list[int]:
     return [int(value) for value in total.tolist()]
 
 
-def gather_json(value: Any) -> list[Any]:
+def new_group() -> dist.ProcessGroup | None:
+    """Return a gloo group of all ranks for a thread of its own; None for one rank.
+
+    Collectives of two groups do not wait for each other, so the thread may exchange while the
+    model trains. All ranks must call.
+    """
+    if get_world().size == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+
+
+def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Return every rank's JSON-able `value`, in rank order, on every rank.
 
     Floats survive bit for bit, NaN and infinity included. The values may differ in length.
+
+    Args:
+        value: of this rank.
+        group: of `new_group`; None for the ranks' common one.
     """
     size = get_world().size
     if size == 1:
         return [json.loads(json.dumps(value))]
     payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
-    dist.all_gather(lengths, torch.tensor([payload.numel()]))
+    dist.all_gather(lengths, torch.tensor([payload.numel()]), group=group)
     longest = max(int(length) for length in lengths)
     padded = torch.zeros(longest, dtype=torch.uint8)
     padded[: payload.numel()] = payload
     received = [torch.empty(longest, dtype=torch.uint8) for _ in range(size)]
-    dist.all_gather(received, padded)
+    dist.all_gather(received, padded, group=group)
     return [
         json.loads(bytes(row[: int(length)].numpy().tobytes()))
         for row, length in zip(received, lengths, strict=True)

@@ -7,57 +7,23 @@ function it is given; nothing here knows a stage, a modality or a loss.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
-from omni_train.config.errors import ConfigError
 from omni_train.engine import shards
-from omni_train.engine.checkpoint import restore_latest, save_checkpoint
+from omni_train.engine.checkpoint import CheckpointWriter, restore_latest
 from omni_train.engine.deepspeed import Engine
 from omni_train.engine.distributed import gather_json, sum_over_ranks
 from omni_train.engine.exit_codes import ExitCode, RunError
+from omni_train.engine.fit_config import FitConfig
 from omni_train.engine.hashing import group_hashes
 from omni_train.engine.progress import Clock, log_step, report_non_finite
 from omni_train.engine.run import Run
-from omni_train.engine.spikes import SpikeConfig, SpikeWatch, rewind, skip_step
+from omni_train.engine.spikes import SpikeWatch, rewind, skip_step
 from omni_train.engine.types import Loader, StepItem
 from omni_train.engine.vote import Report, Verdict, local_report, verdict_of
 from omni_train.objectives.types import StepFunction, StepOutput
 
 Every = Sequence[tuple[int, Callable[[Engine, int], bool | None]]]
-
-
-@dataclass(kw_only=True, slots=True)
-class FitConfig:
-    """How long to train and how often to save.
-
-    Args:
-        max_steps: global steps of the stage; the learning rate's schedule ends there.
-        save_steps: global steps between checkpoints; one more is written at the end.
-        log_steps: global steps between progress lines; every step is an event.
-        keep_checkpoints: complete checkpoints to keep.
-        max_skipped_steps: non-finite steps in a row after which the run stops (exit code 76).
-        spikes: when to alert, and steps to go back to or to leave out by hand.
-    """
-
-    max_steps: int
-    save_steps: int = 500
-    log_steps: int = 10
-    keep_checkpoints: int = 2
-    max_skipped_steps: int = 5
-    spikes: SpikeConfig = field(default_factory=SpikeConfig)
-
-    def __post_init__(self) -> None:
-        lowest = {"max_steps": 1, "save_steps": 1, "log_steps": 1, "keep_checkpoints": 2}
-        for key, bound in {**lowest, "max_skipped_steps": 0}.items():
-            if getattr(self, key) < bound:
-                raise ConfigError(
-                    key=f"fit.{key}",
-                    value=getattr(self, key),
-                    rule=f"must be at least {bound}",
-                    remedy=f"give {bound} or more",
-                )
 
 
 def fit(
@@ -85,12 +51,22 @@ def fit(
             some rank was asked to stop (75); all have then saved after the same step.
         DataError: the loader counted too many unusable samples.
     """
-    with run.stop.deferred():
-        _fit(engine, loader, step, cfg, run, every)
+    keep, milestones = cfg.keep_checkpoints, cfg.milestone_steps
+    with (
+        run.stop.deferred(),
+        CheckpointWriter(engine, run, keep=keep, milestone_steps=milestones) as writer,
+    ):
+        _fit(engine, loader, step, cfg, run, every, writer)
 
 
 def _fit(
-    engine: Engine, loader: Loader, step: StepFunction, cfg: FitConfig, run: Run, every: Every
+    engine: Engine,
+    loader: Loader,
+    step: StepFunction,
+    cfg: FitConfig,
+    run: Run,
+    every: Every,
+    writer: CheckpointWriter,
 ) -> None:
     saved = _start(engine, loader, cfg, run)
     skipped, metrics, watch = 0, {}, SpikeWatch(cfg.spikes, run)
@@ -117,7 +93,7 @@ def _fit(
             raise RunError(ExitCode.non_finite, f"{reason}; see the non_finite events for samples")
         stop = verdict.stop if engine.step < cfg.max_steps else ""
         if stop or engine.step % cfg.save_steps == 0:
-            saved = _save(engine, loader, cfg, run, metrics)
+            saved = writer.save(loader_state=loader.state(), metrics=metrics)
         if stop:
             reason = f"asked to stop by {stop}; saved step {engine.step}"
             raise RunError(ExitCode.preempted, f"{reason}; the same command goes on from there")
@@ -126,7 +102,8 @@ def _fit(
                 stopped = bool(function(engine, engine.step)) or stopped
                 engine.model.train()
     if saved != engine.step:
-        _save(engine, loader, cfg, run, metrics)
+        writer.save(loader_state=loader.state(), metrics=metrics)
+    writer.finish()
     run.event("fit_end", step=engine.step, hashes=group_hashes(engine))
 
 
@@ -187,14 +164,3 @@ def _global_step(
     for row in verdict.bad_samples:
         run.ledger(source=row[0], shard=row[1], key=row[2], reason=row[3])
     return verdict, lrs
-
-
-def _save(
-    engine: Engine, loader: Loader, cfg: FitConfig, run: Run, metrics: dict[str, float]
-) -> int:
-    start = time.perf_counter()
-    keep, state = cfg.keep_checkpoints, loader.state()
-    path = save_checkpoint(engine, run, loader_state=state, metrics=metrics, keep=keep)
-    run.event("save", step=engine.step, path=path.name, seconds=time.perf_counter() - start)
-    run.write_state("running", exit_code=None, reason="")
-    return engine.step

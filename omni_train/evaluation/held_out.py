@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from omni_train.config.errors import ConfigError
 from omni_train.data.types import ProcessingConfig
 from omni_train.engine.deepspeed import Engine, import_deepspeed
-from omni_train.engine.fit import FitConfig
+from omni_train.engine.fit_config import FitConfig
 from omni_train.engine.run import Run
 from omni_train.engine.shards import is_partitioned
 from omni_train.evaluation.spoken import SpeechTask, evaluate_speech

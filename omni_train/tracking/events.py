@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,15 @@ def jsonable(value: Any) -> Any:
 
 
 class JsonlWriter:
-    """Appends JSON objects to a file, one a line; a line is on its way to the disk on return."""
+    """Appends JSON objects to a file, one a line; a line is on its way to the disk on return.
+
+    Threads may share it.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         torn = path.exists() and not _ends_with_newline(path)
+        self._lock = threading.Lock()
         self._file = path.open("a", encoding="utf-8")
         if torn:
             self._file.write("\n")
@@ -42,8 +47,9 @@ class JsonlWriter:
     def write(self, record: dict[str, Any]) -> None:
         """Append one object."""
         text = json.dumps(jsonable(record), ensure_ascii=False, allow_nan=False)
-        self._file.write(text + "\n")
-        self._file.flush()
+        with self._lock:
+            self._file.write(text + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file."""

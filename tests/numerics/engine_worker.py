@@ -25,7 +25,8 @@ from omni_train.engine.checkpoint_reader import CheckpointReader
 from omni_train.engine.deepspeed import DeepSpeedConfig, Engine, Precision, build_engine
 from omni_train.engine.distributed import barrier, get_world, init_distributed
 from omni_train.engine.exit_codes import RunError, leave
-from omni_train.engine.fit import FitConfig, fit
+from omni_train.engine.fit import fit
+from omni_train.engine.fit_config import FitConfig
 from omni_train.engine.groups import ParamGroup
 from omni_train.engine.hashing import group_hashes
 from omni_train.engine.optim import OptimConfig

@@ -19,7 +19,7 @@ import torch
 
 from omni_train.data.collate import collate
 from omni_train.data.types import Batch, ModelSpec
-from omni_train.engine.checkpoint import save_checkpoint
+from omni_train.engine.checkpoint import CheckpointWriter
 from omni_train.engine.deepspeed import (
     DeepSpeedConfig,
     Engine,
@@ -110,8 +110,11 @@ def run_part(part: str, world: World, run_dir: Path) -> dict[str, Any]:
 
 def save_and_reload(engine: Engine, world: World, plain: ThinkerForTraining, run_dir: Path) -> bool:
     """Save the two ranks' checkpoint and build a plain model of it: is it the same?"""
-    with start_run(RunConfig(dir=str(run_dir)), stage="test", settings=RunConfig(dir="x")) as run:
-        save_checkpoint(engine, run, loader_state={}, metrics={}, keep=1)
+    with (
+        start_run(RunConfig(dir=str(run_dir)), stage="test", settings=RunConfig(dir="x")) as run,
+        CheckpointWriter(engine, run, keep=1) as writer,
+    ):
+        writer.save(loader_state={}, metrics={})
     if world.rank:
         return True
     tokenizer = small_tokenizer()

@@ -102,7 +102,10 @@ def test_ranks_share_the_verification(tmp_path: Path) -> None:
     assert {p.reason for share in shares for p in share} == {"missing"}
 
 
-def test_retention_never_leaves_a_run_without_a_complete_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("milestone", [0, 3])
+def test_retention_never_leaves_a_run_without_a_complete_checkpoint(
+    tmp_path: Path, milestone: int
+) -> None:
     generator = random.Random(1)
     for trial in range(20):
         root = tmp_path / str(trial) / "checkpoints"
@@ -114,8 +117,9 @@ def test_retention_never_leaves_a_run_without_a_complete_checkpoint(tmp_path: Pa
             else:
                 complete.append(step)
             keep = generator.choice([0, 1, 2, 3])
-            files.prune(root, keep=keep)
-            complete = complete[-max(1, keep) :]
+            files.prune(root, keep=keep, milestone_steps=milestone)
+            newest = complete[-max(1, keep) :]
+            complete = [s for s in complete if s in newest or (milestone and s % milestone == 0)]
             left = [int(p.name[5:]) for p in files.step_folders(root)]
             assert set(complete) <= set(left)
             for kept in complete:

@@ -20,7 +20,7 @@ from omni_train.engine.deepspeed import (
     optimizer_groups,
 )
 from omni_train.engine.distributed import prepare_environment
-from omni_train.engine.fit import FitConfig
+from omni_train.engine.fit_config import FitConfig
 from omni_train.engine.groups import ParamGroup
 from omni_train.engine.optim import GroupConfig, OptimConfig, Schedule, curve_of
 from omni_train.engine.run import RunConfig
@@ -120,6 +120,7 @@ def test_deepspeed_knows_every_key(stage: int, precision: Precision) -> None:
         (lambda: GroupConfig(warmup_steps=-1), "optim.groups.*.warmup_steps"),
         (lambda: FitConfig(max_steps=0), "fit.max_steps"),
         (lambda: FitConfig(max_steps=1, keep_checkpoints=1), "fit.keep_checkpoints"),
+        (lambda: FitConfig(max_steps=1, milestone_steps=750), "fit.milestone_steps"),
         (lambda: RunConfig(dir=""), "run.dir"),
         (lambda: RunConfig(dir="x", seed=-1), "run.seed"),
     ],

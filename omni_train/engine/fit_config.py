@@ -1,0 +1,50 @@
+"""Settings of the training loop; the loop itself is fit.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omni_train.config.errors import ConfigError
+from omni_train.engine.spikes import SpikeConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class FitConfig:
+    """How long to train and how often to save.
+
+    Args:
+        max_steps: global steps of the stage; the learning rate's schedule ends there.
+        save_steps: global steps between checkpoints; one more is written at the end.
+        log_steps: global steps between progress lines; every step is an event.
+        keep_checkpoints: complete checkpoints to keep.
+        milestone_steps: checkpoints whose step this divides are kept for ever; 0 for none.
+        max_skipped_steps: non-finite steps in a row after which the run stops (exit code 76).
+        spikes: when to alert, and steps to go back to or to leave out by hand.
+    """
+
+    max_steps: int
+    save_steps: int = 500
+    log_steps: int = 10
+    keep_checkpoints: int = 2
+    milestone_steps: int = 0
+    max_skipped_steps: int = 5
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
+
+    def __post_init__(self) -> None:
+        lowest = {"max_steps": 1, "save_steps": 1, "log_steps": 1, "keep_checkpoints": 2}
+        lowest |= {"milestone_steps": 0, "max_skipped_steps": 0}
+        for key, bound in lowest.items():
+            if getattr(self, key) < bound:
+                raise ConfigError(
+                    key=f"fit.{key}",
+                    value=getattr(self, key),
+                    rule=f"must be at least {bound}",
+                    remedy=f"give {bound} or more",
+                )
+        if self.milestone_steps % self.save_steps:
+            raise ConfigError(
+                key="fit.milestone_steps",
+                value=self.milestone_steps,
+                rule=f"nothing is saved there: fit.save_steps={self.save_steps}",
+                remedy="give a multiple of it",
+            )
