@@ -27,6 +27,7 @@ from omni_train.config.errors import ConfigError, DataError
 from omni_train.config.load import CONF_DIR, compose_config, to_typed
 from omni_train.config.register import Root, Validate, register_root
 from omni_train.engine.exit_codes import ExitCode, RunError, exit_code_of, leave
+from omni_train.engine.fingerprint import redact_text
 
 Main = Callable[[DictConfig], None]
 
@@ -125,10 +126,13 @@ def end_with(error: BaseException) -> None:
     """
     code = exit_code_of(error)
     if isinstance(error, ConfigError):
-        print(f"config error: {error}", file=sys.stderr, flush=True)
+        text = f"config error: {error}\n"
     elif isinstance(error, DataError | RunError):
-        print(f"{code.name}: {error}", file=sys.stderr, flush=True)
+        text = f"{code.name}: {error}\n"
     else:
-        traceback.print_exception(error, file=sys.stderr)
+        text = "".join(traceback.format_exception(error))
+    # This goes into a file of the run directory too.
+    sys.stderr.write(redact_text(text))
+    sys.stderr.flush()
     sys.stdout.flush()
     raise SystemExit(int(code if code is not ExitCode.done else ExitCode.bug))

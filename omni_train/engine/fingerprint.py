@@ -6,6 +6,7 @@ happens here; who is refused for what is `Identity.check_against`.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -26,10 +27,12 @@ CODE_FOLDERS = ("omni_train", "recipes")
 NOT_IDENTITY = (
     "run.dir",
     "run.resume_allow",
+    "run.take_over",
     "tracking",
     "fit.save_steps",
     "fit.log_steps",
     "fit.keep_checkpoints",
+    "fit.milestone_steps",
     "fit.max_skipped_steps",
     "fit.spikes",
     "heldout",
@@ -42,6 +45,9 @@ _SECRET_NAME = re.compile(
     r"(^|_)(token|secret|password|passwd|api_?key|credentials?)(_|$)", re.IGNORECASE
 )
 REDACTED = "***"
+# A shorter value could stand in any text by chance.
+_SECRET_CHARACTERS = 8
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^/@\s'\"]*@)?([^?\s'\"]*)(\?[^\s'\"]*)?")
 
 
 @dataclass(slots=True)
@@ -121,7 +127,11 @@ def plain(value: Any) -> Any:
 
 
 def redact(value: Any) -> Any:
-    """Return plain settings with the values of secret-looking keys replaced."""
+    """Return plain settings with the values of secret-looking keys, and secrets in texts, replaced.
+
+    Besides by name, a secret is known by its place in an address and by its value: what stands in
+    an environment variable with a secret-looking name.
+    """
     if isinstance(value, dict):
         return {
             key: REDACTED if item and _is_secret(key, item) else redact(item)
@@ -129,7 +139,22 @@ def redact(value: Any) -> Any:
         }
     if isinstance(value, list):
         return [redact(item) for item in value]
-    return value
+    return redact_text(value) if isinstance(value, str) else value
+
+
+def redact_text(text: str) -> str:
+    """Return a text without known secrets, and addresses in it without user and query."""
+    if "://" in text:
+        text = _ADDRESS.sub(_shown, text)
+    for name, secret in os.environ.items():
+        if len(secret) >= _SECRET_CHARACTERS and secret in text and _SECRET_NAME.search(name):
+            text = text.replace(secret, REDACTED)
+    return text
+
+
+def _shown(match: re.Match[str]) -> str:
+    scheme, user, place, query = match.groups()
+    return f"{scheme}{f'{REDACTED}@' if user else ''}{place}{f'?{REDACTED}' if query else ''}"
 
 
 def _is_secret(key: str, item: object) -> bool:

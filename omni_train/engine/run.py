@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omni_train.config.errors import ConfigError
 from omni_train.engine.distributed import World, gather_json, init_distributed
 from omni_train.engine.exit_codes import ExitCode, RunError, exit_code_of
-from omni_train.engine.fingerprint import Identity, identity_of, plain, redact
+from omni_train.engine.fingerprint import Identity, identity_of, plain, redact, redact_text
 from omni_train.engine.lock import RunLock
 from omni_train.engine.stop import StopRequest
 from omni_train.tracking.config import TrackingConfig
@@ -48,12 +48,14 @@ class RunConfig:
         dir: run directory; the same directory again resumes.
         experiment: name that groups the runs of several stages.
         seed: of Python, NumPy and torch, and of the data order.
+        take_over: replace an owner of the directory on another machine that gives no sign of life.
         resume_allow: fingerprint keys (or their prefixes) that may differ on resume.
     """
 
     dir: str
     experiment: str = "default"
     seed: int = 0
+    take_over: bool = False
     resume_allow: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -178,7 +180,7 @@ def start_run(
     world = init_distributed()
     run_dir = Path(config.dir).absolute()
     lock = RunLock(run_dir / "lock")
-    _on_main(world, lambda: lock.acquire(config.experiment))
+    _on_main(world, lambda: lock.acquire(config.experiment, take_over=config.take_over))
     run = Run(run_dir, world, config, stage, identity_of(settings, data_hashes or {}))
     try:
         # Refusing to resume must not touch what is recorded of the run.
@@ -257,6 +259,13 @@ def _open(run: Run, settings: object, typed: DictConfig | None) -> None:
     )
 
 
+class _Redacting(logging.Formatter):
+    """Keeps secrets out of every line, tracebacks included."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact_text(super().format(record))
+
+
 def _open_logs(run: Run) -> list[logging.Handler]:
     folder = run.dir / "logs"
     folder.mkdir(parents=True, exist_ok=True)
@@ -269,7 +278,7 @@ def _open_logs(run: Run) -> list[logging.Handler]:
         handlers.append(terminal)
     log.setLevel(logging.DEBUG)
     log.propagate = False
-    formatter = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
+    formatter = _Redacting("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
     for handler in handlers:
         handler.setFormatter(formatter)
         log.addHandler(handler)
@@ -286,7 +295,7 @@ def _as_stopped(run: Run, error: BaseException) -> BaseException:
 
 def _failed(run: Run, error: BaseException) -> None:
     code = exit_code_of(error)
-    reason = f"{type(error).__name__}: {error}"
+    reason = redact_text(f"{type(error).__name__}: {error}")
     status = "preempted" if code is ExitCode.preempted else "failed"
     log.error("run %s at step %d: %s", status, run.step, reason)
     log.debug("where it failed", exc_info=error)

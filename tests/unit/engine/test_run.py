@@ -21,6 +21,7 @@ from omni_train.engine.distributed import gather_json, sum_over_ranks
 from omni_train.engine.exit_codes import ExitCode, RunError, exit_code_of
 from omni_train.engine.fingerprint import Identity
 from omni_train.engine.hashing import keys_hash
+from omni_train.engine.heartbeat import Heartbeat, beats
 from omni_train.engine.lock import RunLock
 from omni_train.engine.run import RunConfig, start_run
 from omni_train.tracking.events import read_jsonl
@@ -155,6 +156,31 @@ def test_another_host_keeps_its_lock(tmp_path: Path) -> None:
     path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "run": "far"}))
     with pytest.raises(RunError, match="on elsewhere"):
         RunLock(path).acquire("near")
+
+
+def test_a_dead_host_is_replaced_when_asked_and_a_living_one_never(tmp_path: Path) -> None:
+    path, beat = tmp_path / "lock", tmp_path / "lock.beat"
+    far = json.dumps({"host": "elsewhere", "pid": 1, "run": "far"})
+    path.write_text(far)
+    heart = Heartbeat(beat, beat_s=0.02)
+    with pytest.raises(RunError, match="gives signs of life") as caught:
+        RunLock(path).acquire("near", take_over=True, watch_s=5.0)
+    assert caught.value.code is ExitCode.locked
+    heart.stop()
+    # It died: the last count stays, and nothing follows.
+    beat.write_text("41\n")
+    with pytest.raises(RunError, match=r"run\.take_over=true"):
+        RunLock(path).acquire("near", take_over=False)
+    with pytest.raises(RunError, match="delete lock there"):
+        RunLock(path).acquire("near")
+    assert path.read_text() == far
+    mine = RunLock(path)
+    mine.acquire("near", take_over=True, beat_s=0.02, watch_s=0.2)
+    assert json.loads(path.read_text())["run"] == "near"
+    assert beats(beat, watch_s=5.0)
+    mine.release()
+    assert not beat.exists()
+    assert not beats(beat, watch_s=0.1)
 
 
 def test_key_hash_depends_on_the_multiset_alone() -> None:
