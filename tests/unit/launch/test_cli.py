@@ -84,7 +84,7 @@ def test_argument_errors_end_with_2(arguments: list[str]) -> None:
 def test_overrides_may_stand_after_options(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, list[str], int]] = []
 
-    def record(recipe: str, overrides: list[str], *, ranks: int) -> int:
+    def record(recipe: str, overrides: list[str], *, ranks: int, **_: object) -> int:
         seen.append((recipe, overrides, ranks))
         return 75
 
