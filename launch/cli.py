@@ -50,6 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(add)
     _add_talker(add)
     add_checkpoint(add)
+    from launch.jobs import add_jobs
+    from launch.report import add_report
+
+    add_jobs(add)
+    add_report(add)
     return parser
 
 
@@ -370,6 +375,18 @@ def _export(args: argparse.Namespace) -> int:
     return run_export(args)
 
 
+def _report(args: argparse.Namespace) -> int:
+    from launch.report import run_report
+
+    return run_report(args)
+
+
+def _jobs(args: argparse.Namespace) -> int:
+    from launch.jobs import run_jobs
+
+    return run_jobs(args)
+
+
 def _data(args: argparse.Namespace) -> int:
     from launch.data import run_data
 
@@ -392,6 +409,9 @@ _COMMANDS = {
     "checkpoint": _checkpoint,
     "data": _data,
     "talker": _talker,
+    "launch": _jobs,
+    "pipeline": _jobs,
+    "report": _report,
     "demo": _demo,
     "stages": _stages,
     "config": _config,

@@ -61,6 +61,39 @@ class Checked:
         return loaded
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """This machine among several that run one job together.
+
+    Args:
+        nodes: machines in all.
+        node: number of this one; 0 hosts the rendezvous.
+        endpoint: HOST:PORT of node 0.
+        address: by which the others reach this machine; empty takes its host name.
+        job: name of the job, the same on all of them and when it is started again.
+    """
+
+    nodes: int
+    node: int
+    endpoint: str
+    address: str
+    job: str
+
+    def torchrun_options(self) -> list[str]:
+        """Return what torchrun is told about the machines."""
+        return [
+            *(f"--nnodes={self.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={self.endpoint}"),
+            *(f"--rdzv-id={self.job}", f"--rdzv-conf=is_host={int(self.node == 0)}"),
+            *([f"--local-addr={self.address}"] if self.address else []),
+        ]
+
+
+_ALONE = [
+    *("--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"),
+    "--local-addr=127.0.0.1",
+]
+
+
 def count_gpus() -> int:
     """Return the number of NVIDIA devices that a process started now would see."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -197,26 +230,40 @@ def run_module(
     run_dir: Path,
     follow: Callable[[], None] | None = None,
     stop_s: int | None = None,
+    place: Place | None = None,
 ) -> int:
-    """Run `python -m MODULE ARGUMENTS` on every rank; return the status that says how it went."""
+    """Run `python -m MODULE ARGUMENTS` on every rank; return the status that says how it went.
+
+    Args:
+        module: to run.
+        arguments: of the module.
+        ranks: processes on this machine.
+        run_dir: the run's directory; on several machines it is a shared one.
+        follow: as for `run_recipe`.
+        stop_s: as for `run_recipe`.
+        place: this machine among several; None is alone.
+    """
     logs = run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     before = _read_state(run_dir)
     command = [
         *(sys.executable, "-m", "torch.distributed.run"),
-        *("--nnodes=1", f"--nproc-per-node={ranks}", "--max-restarts=0"),
-        *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"),
+        *(f"--nproc-per-node={ranks}", "--max-restarts=0"),
+        *(_ALONE if place is None else place.torchrun_options()),
         "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         f"--shutdown-timeout={stop_seconds(run_dir, stop_s)}",
         *("-m", "launch.rank", str(logs), module, *arguments),
     ]
-    with (logs / "torchrun.out").open("ab") as own:
+    number = "" if place is None else f"-{place.node}"
+    output = logs / f"torchrun{number}.out"
+    with output.open("ab") as own:
         start = own.tell()
-        shown = _Screen(logs / output_name(0)) if follow is None else follow
+        rank = 0 if place is None else place.node * ranks
+        shown = _Screen(logs / output_name(rank)) if follow is None else follow
         status = _watch(command, shown, own, child_environment(ranks=ranks))
     if status == 0:
         return int(ExitCode.done)
-    code = _code_of(_read_state(run_dir), before, (logs / "torchrun.out").read_bytes()[start:])
+    code = _code_of(_read_state(run_dir), before, output.read_bytes()[start:])
     print(f"{module} ended with status {int(code)} ({code.name}); see {logs}", file=sys.stderr)
     return int(code)
 

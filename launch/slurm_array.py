@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,12 +79,13 @@ def run_array(args: argparse.Namespace, *, name: str) -> int:
         print(f"# {shlex.join([*job.parts, str(path)])}")
         print(f"# {shlex.join([*job.merge, '--dependency=afterok:JOB', str(path)])}")
         return 0
+    from launch.slurm import sbatch
     from omni_train.data.index import write_atomically  # late: help must be quick
 
     check_writable(path.parent, remedy="choose another directory")
     write_atomically(path, job.script.encode())
-    parts = _sbatch([*job.parts, str(path)])
-    merge = _sbatch([*job.merge, f"--dependency=afterok:{parts}", str(path)])
+    parts = sbatch([*job.parts, str(path)])
+    merge = sbatch([*job.merge, f"--dependency=afterok:{parts}", str(path)])
     print(f"parts: job {parts}, {args.slurm_array} tasks; merge: job {merge}; logs: {path.parent}")
     return 0
 
@@ -172,25 +172,3 @@ def _arguments(args: argparse.Namespace, name: str) -> list[str]:
     if args.strict:
         found.append("--strict")
     return [*found, *(["--columns", *args.columns] if args.columns else [])]
-
-
-def _sbatch(command: list[str]) -> str:
-    """Run sbatch and return the number of the job."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError as error:
-        raise ConfigError(
-            key="--submit",
-            value=True,
-            rule="there is no sbatch here",
-            remedy="run this on a login node of the cluster, or leave --submit out",
-        ) from error
-    number = done.stdout.strip().partition(";")[0]
-    if done.returncode != 0 or not number.isdecimal():
-        raise ConfigError(
-            key="--submit",
-            value=shlex.join(command),
-            rule=f"sbatch says: {' '.join((done.stderr or done.stdout).split())}",
-            remedy="correct it, or submit the script by hand",
-        )
-    return number

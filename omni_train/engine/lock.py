@@ -66,12 +66,15 @@ class RunLock:
                 raise self._refusal(owner, take_over)
             time.sleep(0.1)
         owner = _owner_in(file)
-        # Network file systems may not share flocks, so another host's name counts by itself.
-        foreign = bool(owner) and owner.get("host") != socket.gethostname()
+        # Network file systems may not share flocks, so another host's name counts by itself; but
+        # a job that its scheduler started again, on other machines, has no earlier self alive.
+        again = launch_id() is not None and owner.get("launch") == launch_id()
+        foreign = bool(owner) and owner.get("host") != socket.gethostname() and not again
         if foreign and (not take_over or beats(self._beat_path, watch_s=watch_s)):
             file.close()
             raise self._refusal(owner, take_over)
         record = {"host": socket.gethostname(), "pid": os.getpid(), "run": name}
+        record |= {"launch": launch_id()} if launch_id() else {}
         file.truncate(0)
         file.write(json.dumps({**record, "since": round(time.time(), 3)}))
         file.flush()
@@ -99,6 +102,12 @@ class RunLock:
             how = f"delete {self.path.name} there" if take_over is None else "run.take_over=true"
             remedy += f". If it is surely gone: {how}"
         return RunError(ExitCode.locked, f"{self.path.parent} belongs to {who}; {remedy}")
+
+
+def launch_id() -> str | None:
+    """Return the scheduler's name for this job, which stays when it is queued again."""
+    given = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if given == "none" else given
 
 
 def _try_flock(file: IO[str]) -> bool:

@@ -19,7 +19,10 @@ EXPERIMENTS = sorted(
     for path in (CONF_DIR / "experiment").rglob("*.yaml")
 )
 GROUP_FILES = sorted(
-    path.relative_to(CONF_DIR).with_suffix("").as_posix() for path in CONF_DIR.glob("*/*.yaml")
+    path.relative_to(CONF_DIR).with_suffix("").as_posix()
+    for path in CONF_DIR.glob("*/*.yaml")
+    # Of the launcher, not of a recipe.
+    if path.parent.name not in {"cluster", "pipeline"}
 )
 # What a person has to say, by key; given here so that a group file can be composed on its own.
 REQUIRED = {
