@@ -72,9 +72,8 @@ def test_ranks_are_judged() -> None:
     good = by_name(doctor_checks.judge_ranks(report()))
     assert {check.status for check in good.values()} == {"pass"}
     assert "2 ranks on 2 hosts" in good["ranks"].detail
-    assert (
-        by_name(doctor_checks.judge_ranks(report(bytes_per_s=1e6)))["all-reduce"].status == "warn"
-    )
+    slow = report(bytes_per_s=1e6)
+    assert by_name(doctor_checks.judge_ranks(slow))["all-reduce"].status == "warn"
     nccl = report(bytes_per_s=1e9, backend="cpu:gloo,cuda:nccl")
     assert by_name(doctor_checks.judge_ranks(nccl))["all-reduce"].status == "warn"
     for offset, status in ((-0.5, "warn"), (9.0, "fail")):
