@@ -76,6 +76,9 @@ def log_step(
     rate = verdict.all_tokens / seconds
     peak = device_peak_flops(run.world.device)
     used = {"mfu": round(verdict.flops / seconds / run.world.size / peak, 4)} if peak else {}
+    if run.world.device.type == "cuda":
+        # What the allocator holds, so that a plan can learn what lies beyond its formulas.
+        used["peak_device_mib"] = torch.cuda.max_memory_reserved(run.world.device) // 2**20
     run.event(
         "step",
         step=run.step,

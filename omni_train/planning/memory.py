@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from omni_train.planning.constants import Constants
-from omni_train.planning.shapes import EncoderLoad, Recompute, Setup
+from omni_train.planning.shapes import TOWER_SHARES, EncoderLoad, Recompute, Setup
 
 # DeepSpeed's own limits under ZeRO-3: weights that stay gathered, and what is fetched ahead.
 MAX_LIVE_PARAMETERS = 1_000_000_000
@@ -119,10 +119,7 @@ def _encoder_bytes(load: EncoderLoad, setup: Setup, constants: Constants) -> flo
     """Activations of a tower, under the same policy as the decoder."""
     scale = setup.bytes_per_value / 2
     work = constants.work_bytes_per_width * load.width + 6 * load.ffn
-    kept = {
-        # Norms, q, k, v, attention's output, sums; three FFN products.
-        Recompute.none: 9 * load.width + 3 * load.ffn,
-        Recompute.selective: 4 * load.width + load.ffn,
-        Recompute.full: load.width,
-    }[setup.recompute]
+    # Norms, q, k, v, attention's output, sums; three FFN products. Or the input alone.
+    whole, share = 9 * load.width + 3 * load.ffn, TOWER_SHARES[setup.recompute]
+    kept = (1.0 - share) * whole + share * load.width
     return load.peak_units * (work + 2 * kept * load.layers * load.trained) * scale

@@ -123,15 +123,15 @@ def first_knob(setup: Setup, fits: Fits, model: ModelSizes) -> str:
         full = dataclasses.replace(full, zero_stage=3)
     if setup.recompute is not Recompute.full:
         selective = dataclasses.replace(full, recompute=Recompute.selective)
-        knobs += [("selective activation checkpointing", selective)]
-        knobs += [("full activation checkpointing", full)]
+        knobs += [("deepspeed.activation_checkpointing=selective", selective)]
+        knobs += [("deepspeed.activation_checkpointing=full", full)]
     offloaded = dataclasses.replace(full, offload_activations=True)
-    knobs.append(("full activation checkpointing, kept inputs in host memory", offloaded))
+    knobs.append(("full checkpointing and deepspeed.offload_activations=true", offloaded))
     for size in (2, 4):
         divides = all(heads % size == 0 and kv % size == 0 for heads, kv in model.heads.values())
         if size > setup.sequence_parallel and divides and setup.devices % size == 0:
             shared = dataclasses.replace(full, sequence_parallel=size)
-            knobs.append((f"full checkpointing and sequence parallelism over {size}", shared))
+            knobs.append((f"full checkpointing and deepspeed.sequence_parallel={size}", shared))
     knobs += [
         (f"full checkpointing and {times} times the devices", _more(full, times))
         for times in (2, 4, 8)

@@ -13,13 +13,23 @@ from enum import Enum
 class Recompute(Enum):
     """Which activations a decoder keeps for the backward pass.
 
-    none keeps all; selective keeps attention's and every second product's output; full keeps the
-    input of each layer.
+    none keeps all; products keeps attention's and every second product's output (torchtitan's
+    selective policy); selective keeps the input alone of every second layer; full of each layer.
     """
 
     none = "none"
+    products = "products"
     selective = "selective"
     full = "full"
+
+
+# Share of a tower's layers that run twice; its products are not told apart.
+TOWER_SHARES = {
+    Recompute.none: 0.0,
+    Recompute.products: 0.5,
+    Recompute.selective: 0.5,
+    Recompute.full: 1.0,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,23 +66,23 @@ class DecoderShape:
         """Share of a layer's products that the backward pass does a second time."""
         if recompute is Recompute.none:
             return 0.0
-        if recompute is Recompute.full:
-            return 1.0
+        if recompute is not Recompute.products:
+            return 1.0 if recompute is Recompute.full else 0.5
         # Keys, the attention's output projection and the FFN's second product.
         again = self.width * (self.kv_width + self.query_width + self.ffn)
         return again / self.layer_parameters
 
     def kept_bytes(self, recompute: Recompute) -> int:
-        """Bytes per token that one layer keeps in bf16 for the backward pass."""
+        """Bytes per token that a layer keeps in bf16 for the backward pass, the mean of all."""
         if recompute is Recompute.full:
             return 2 * self.width
-        if recompute is Recompute.selective:
+        if recompute is Recompute.products:
             # Input, queries, values, attention's output, one FFN product, the layer's sum.
             return 2 * (2 * self.width + 2 * self.query_width + self.kv_width + self.ffn)
         # Input and sum twice with their norms, q and k before and after rotation, v, attention's
         # output; gate, up, the activation and the product.
         kept = 6 * self.width + 3 * self.query_width + 3 * self.kv_width + 4 * self.ffn
-        return 2 * kept
+        return 2 * kept if recompute is Recompute.none else kept + self.width
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

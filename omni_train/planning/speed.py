@@ -18,10 +18,7 @@ import math
 from dataclasses import dataclass
 
 from omni_train.planning.constants import Constants, Hardware
-from omni_train.planning.shapes import DecoderLoad, Recompute, Setup
-
-# Of a tower's products, what is done again; of its selective half, as in a decoder.
-_TOWER_SHARES = {Recompute.none: 0.0, Recompute.selective: 0.4, Recompute.full: 1.0}
+from omni_train.planning.shapes import TOWER_SHARES, DecoderLoad, Recompute, Setup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +81,7 @@ def estimate_step(
     encoders = 0.0
     for tower in setup.encoders:
         once = tower.parameters * tower.units
-        again = constants.recompute_flops * once * _TOWER_SHARES[setup.recompute] * tower.trained
+        again = constants.recompute_flops * once * TOWER_SHARES[setup.recompute] * tower.trained
         encoders += ((2 + 4 * tower.trained) * once + again) / rate
         model += (2 + 4 * tower.trained) * once
     compute = matmul + attention + encoders
@@ -123,8 +120,8 @@ def _attention_flops(load: DecoderLoad, recompute: Recompute) -> tuple[float, fl
     forward = 2.0 * load.shape.layers * load.shape.query_width * load.pairs
     if not load.gradients:
         return forward, 0.0
-    # Selective checkpointing keeps the attention's output.
-    return 3.0 * forward, forward if recompute is Recompute.full else 0.0
+    again = {Recompute.full: 1.0, Recompute.selective: 0.5}.get(recompute, 0.0)
+    return 3.0 * forward, again * forward
 
 
 def _gather_seconds(setup: Setup, hardware: Hardware, constants: Constants) -> float:
