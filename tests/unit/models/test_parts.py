@@ -27,7 +27,8 @@ from transformers import (
 
 from omni_train.config.errors import ConfigError
 from omni_train.data.tokenizer import CHAT_TOKENS, rename_tokens, special_tokens
-from omni_train.models.attention import segment_kwargs
+from omni_train.data.visibility import Segments
+from omni_train.models.attention import packed_hidden
 from omni_train.models.build import build_thinker, format_build_report
 from omni_train.models.config import ModelConfig, ModelParts
 from omni_train.models.groups import group_of
@@ -144,16 +145,13 @@ def test_every_tensor_is_accounted_for(saved: Saved, model: ThinkerForTraining) 
 
 def test_the_language_model_computes_the_same(saved: Saved, model: ThinkerForTraining) -> None:
     ids = torch.randint(0, 300, (1, 40), generator=torch.Generator().manual_seed(1))
-    positions = torch.arange(40).expand(4, 1, 40)
     with torch.no_grad():
         want = saved.llm(input_ids=ids).logits
-        hidden = model.thinker.model.language_model(
-            input_ids=ids,
-            attention_mask={"full_attention": None},
-            position_ids=positions,
-            use_cache=False,
-            **segment_kwargs([40], ids.device),
-        ).last_hidden_state
+        embeds = model.thinker.model.language_model.embed_tokens(ids)
+        positions = torch.arange(40).expand(4, 1, 40)
+        hidden = packed_hidden(
+            model.thinker.model.language_model, embeds, positions, Segments([40])
+        )
         got = model.thinker.lm_head(hidden)
     assert want.std() > 0.1
     torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE)
