@@ -60,12 +60,12 @@ def audible(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     rng = torch.Generator().manual_seed(0)
     for name, tensor in tensors.items():
-        if tensor.ndim < 2 or name.endswith("conv_post.weight"):
+        if tensor.ndim < 2:
             continue
         if name.startswith("token2wav.code2wav_dit") and "spk_encoder" not in name:
             tensor.normal_(0.0, 0.15, generator=rng)
         elif name.startswith("token2wav.code2wav_bigvgan"):
-            tensor.mul_(3.0)
+            tensor.mul_(2000.0 if name.endswith("conv_post.weight") else 3.0)
         elif name == "talker.codec_head.weight":
             tensor.mul_(0.1)
     return tensors
