@@ -32,7 +32,7 @@ from omni_train.data.tokenizer import load_tokenizer
 from omni_train.engine.deepspeed import build_engine
 from omni_train.engine.fit import fit
 from omni_train.engine.run import start_run
-from omni_train.evaluation.held_out import HeldOutConfig, HeldOutSpeech
+from omni_train.evaluation.spoken_every import HeldOutConfig, HeldOutSpeech
 from omni_train.models.build import build_omni_for_training, format_build_report
 from omni_train.models.groups import format_group_table, select_groups
 from omni_train.objectives.preference import PreferenceConfig, preference

@@ -60,7 +60,7 @@ ROWS: dict[str, tuple[dict[str, Any], list[str], str]] = {
         "joy",
     ),
     "vocalsound": (
-        {"wav": "/mnt/owner/audio_16k/f0003_0_cough.wav", "labels": "/m/01b_21"},
+        {"wav": "/data/owner/audio_16k/f0003_0_cough.wav", "labels": "/m/01b_21"},
         ["audio_16k/f0003_0_cough.wav"],
         "cough",
     ),
