@@ -12,6 +12,9 @@ from pathlib import Path
 
 import torch
 
+# Directory with the files that nothing may open.
+SECRET = "secret"
+
 
 class Command:
     """Becomes a shell command where a pickle is loaded as torch did before 2.6."""

@@ -17,10 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-import torch
 import xxhash
 from PIL import Image
-from safetensors.torch import save_file
 
 from omni_train.config.load import compose_config
 from omni_train.config.register import register_root
@@ -42,12 +40,12 @@ from omni_train.speech.similarity import WavLmVoices
 from omni_train.speech.token2wav import load_speakers
 from recipes.stage1_audio import Stage1AudioConfig
 from tests.security import evil
+from tests.security.evil import SECRET
 from tests.security.tripwire import tripwire
-from tests.unit.data.clips import clip, every, tone
+from tests.unit.data.clips import clip, every
 
 Attack = Callable[[Path, Path], object]
 ATTACKS: dict[str, Attack] = {}
-SECRET = "secret"
 
 
 def attack(name: str) -> Callable[[Attack], Attack]:
@@ -363,16 +361,6 @@ def _(at: Path, marker: Path) -> object:
     header = b"{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000,), }"
     text = header.ljust(117) + b"\n"
     return parse_codes(b"\x93NUMPY\x01\x00\x76\x00" + text, codebook_size=8)
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A directory for the input, with a file in it that nothing may open."""
-    (tmp_path / "in" / SECRET).mkdir(parents=True)
-    secret = tmp_path / "in" / SECRET
-    (secret / "clip.mp4").write_bytes(clip(every(5.0, 3), sound=tone(0.6, 16_000)))
-    save_file({"w": torch.zeros(2)}, str(secret / "weights.safetensors"))
-    return tmp_path / "in"
 
 
 @pytest.mark.parametrize("name", ATTACKS)
