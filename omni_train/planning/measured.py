@@ -32,7 +32,7 @@ class Measured:
         tokens: of a global step.
         compute_s: forward, backward and update of a step. data_s: waiting for data.
         peak_bytes: of a rank; the device's where the run recorded it, else the process's.
-        save_s: of one checkpoint; None where there was none.
+        save_s: that training waited for one checkpoint; None where there was none.
     """
 
     stage: str
@@ -75,7 +75,8 @@ def read_run(folder: Path) -> Measured:
         if event.get("kind") == "run_start":
             start = event
         elif event.get("kind") == "save":
-            saves.append(float(event["seconds"]))
+            # What training waits for: the rest is written beside it.
+            saves.append(float(event.get("blocked_s", event["seconds"])))
     seconds = [{k: float(v) for k, v in step["seconds"].items()} for step in steps]
     return Measured(
         stage=str(start["stage"]),
