@@ -124,8 +124,23 @@ TALKER: tuple[Stage | Work, ...] = (
         quick_overrides=("speech.new.voices.per_voice=1",),
     ),
 )
-# The same Talker on the same speech with the right texts.
+
+
+def _alignment(arm: str) -> Stage:
+    return Stage(
+        f"alignment_{arm}",
+        "alignment_probe",
+        quick_steps=4,
+        experiment="alignment_probe",
+        overrides=(f"arm={arm}",),
+        quick_overrides=("heldout.every_steps=2",),
+    )
+
+
+# What is on screen while a word is heard, with three kinds of order and positions; then the same
+# Talker on the same speech with the right texts.
 CONTROLS: tuple[Stage | Work, ...] = (
+    *map(_alignment, ("tmrope", "interleaved_1d", "video_first_1d")),
     Codes("train/speech"),
     Stage(
         "talker_icl_clean",

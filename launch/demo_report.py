@@ -16,6 +16,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from launch.demo_alignment import alignment_failures, alignment_rows, alignment_scores
 from launch.demo_talker import scores_of, speech_failures, speech_rates, speech_rows
 from omni_train.engine.exit_codes import ExitCode
 from omni_train.tracking.events import read_jsonl, read_steps
@@ -100,6 +101,7 @@ def summarise(root: Path, *, stages: list[str], seconds: float) -> dict[str, Any
                 name: voice["wer"] for name, voice in corpus["voices"].items() if voice["kept"]
             },
             **thinker_scores(root),
+            **alignment_scores(root),
             **speech_rates(root),
         },
     }
@@ -155,7 +157,8 @@ def failures(summary: dict[str, Any], *, quick: bool) -> list[str]:
     if metrics["caption_accuracy"] < MIN_CAPTION_ACCURACY:
         low = metrics["caption_accuracy"]
         found.append(f"caption accuracy {low:.3f} is below {MIN_CAPTION_ACCURACY}")
-    return found + _thinker_failures(metrics) + speech_failures(metrics)
+    found += _thinker_failures(metrics) + alignment_failures(metrics)
+    return found + speech_failures(metrics)
 
 
 def _thinker_failures(metrics: dict[str, Any]) -> list[str]:
@@ -184,7 +187,7 @@ def _rows(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
     }
     rows += [(*said, metrics[key]) for key, said in names.items() if key in metrics]
     shown = [(measure, by, f"{100 * value:.1f} %") for measure, by, value in rows]
-    return shown + speech_rows(metrics)
+    return shown + alignment_rows(metrics) + speech_rows(metrics)
 
 
 def print_summary(console: Console, summary: dict[str, Any], root: Path, *, quick: bool) -> int:

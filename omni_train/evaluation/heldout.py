@@ -109,6 +109,7 @@ class HeldoutEvaluation:
         tokenizer: the run's.
         spec: the model's sizes and ids.
         run: gives rank, ledger and event log.
+        make: of a pack's work a batch; as in training where it is left out.
 
     Raises:
         ConfigError: a set was indexed with another tokenizer, or no sample of it fits a pack.
@@ -122,9 +123,11 @@ class HeldoutEvaluation:
         tokenizer: PreTrainedTokenizerFast,
         spec: ModelSpec,
         run: Run,
+        *,
+        make: PackMaker | None = None,
     ) -> None:
         self._run, self._place = run, spec.sequence
-        self._make = PackMaker(tokenizer, data.processing, spec, Store(data.fetch))
+        self._make = make or PackMaker(tokenizer, data.processing, spec, Store(data.fetch))
         self._packs: dict[str, list[Work]] = {}
         self._too_long: dict[str, int] = {}
         for name, path in config.sets.items():
@@ -217,11 +220,14 @@ def heldout_every(
     tokenizer: PreTrainedTokenizerFast,
     spec: ModelSpec,
     run: Run,
+    *,
+    make: PackMaker | None = None,
 ) -> Every:
     """Return the entry of `fit`'s `every`; none where there is no set."""
     if not config.sets:
         return ()
-    return [(config.every_steps, HeldoutEvaluation(config, data, tokenizer, spec, run))]
+    evaluation = HeldoutEvaluation(config, data, tokenizer, spec, run, make=make)
+    return [(config.every_steps, evaluation)]
 
 
 def _packs(
