@@ -142,6 +142,15 @@ STAGES = (
         "8", "talker_speaker_sft", "", "7", "Talker + speaker rows", "Thinker", "target speakers"
     ),
     Stage("9", "evaluate", "", "any", "nothing", "all", "held-out sets"),
+    Stage(
+        "-",
+        "alignment_probe",
+        "arm=tmrope",
+        "1b + 1d merged",
+        "whole Thinker",
+        "nothing",
+        "clips with a schedule; a control of the demo",
+    ),
 )
 
 
