@@ -39,7 +39,7 @@ class AlignmentProbeConfig(StageConfig):
         heldout: sets on which it is read out.
     """
 
-    arm: Arm
+    arm: Arm = Arm.tmrope
     heldout: HeldoutConfig = field(default_factory=HeldoutConfig)
 
 
