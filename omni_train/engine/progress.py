@@ -55,7 +55,9 @@ def report_non_finite(
     """Record which ranks and samples made a step non-finite; all ranks must call."""
     keys = gather_json([batch.keys for batch in batches])
     for rank, micro_steps in verdict.offenders.items():
-        suspects = [keys[rank][number] for number in micro_steps] or keys[rank]
+        # Of ranks that share a pack the first one has its keys.
+        named = next((keys[r] for r in range(rank, -1, -1) if any(keys[r])), keys[rank])
+        suspects = [named[number] for number in micro_steps] or named
         what = "loss" if micro_steps else "gradient"
         run.event("non_finite", step=step, rank=rank, what=what, keys=suspects)
         if run.is_main:
