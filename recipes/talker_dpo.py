@@ -50,13 +50,13 @@ class TalkerDpoConfig(StageConfig):
         preference: the loss.
         reference_dir: where the reference's log-probabilities are kept; all ranks must see it.
             Empty means in the run.
-        held_out: speech sampled while training; left out samples none.
+        held_out: speech sampled while training.
     """
 
     data: SpeechDataConfig
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     reference_dir: str = ""
-    held_out: HeldOutConfig | None = None
+    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
 
 
 def validate(cfg: TalkerDpoConfig, world_size: int) -> None:
@@ -101,7 +101,7 @@ def main(raw: DictConfig) -> None:
         loader = build_pair_loader(cfg.data, tokenizer, model.spec, model.talker.spec, run, table)
         engine = build_engine(model, groups, cfg.optim, cfg.deepspeed)
         step = partial(preference, config=cfg.preference)
-        if cfg.held_out is None:
+        if not cfg.held_out.tasks:
             del replicas
             fit(engine, loader, step, cfg.fit, run)
             return

@@ -14,7 +14,7 @@ How it speaks (fast, slowly, as a story) is asked for in the dialogue's text, wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -42,11 +42,11 @@ class TalkerSpeakerSftConfig(StageConfig):
 
     Args:
         data: target speakers and replay, each a source with its weight.
-        decoder: of a released model: how the new voices sound; left out where codes hold the voice.
+        decoder: of a released model, and how the new voices sound there.
     """
 
     data: SpeechDataConfig
-    decoder: DecoderConfig | None = None
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
 
 
 def validate(cfg: TalkerSpeakerSftConfig, world_size: int) -> None:
@@ -65,12 +65,13 @@ def validate(cfg: TalkerSpeakerSftConfig, world_size: int) -> None:
             rule="there is no new speaker",
             remedy="name one of model.speakers, as in model.new_speakers=[anna]",
         )
-    if cfg.decoder is not None and set(cfg.decoder.voices) != set(cfg.model.new_speakers):
+    wanted = set(cfg.model.new_speakers) if cfg.decoder.path else set()
+    if set(cfg.decoder.voices) != wanted:
         raise ConfigError(
             key="decoder.voices",
             value=sorted(cfg.decoder.voices),
-            rule="the decoder needs each of model.new_speakers, and no other",
-            remedy=f"give {', '.join(cfg.model.new_speakers)}",
+            rule="with decoder.path it has each of model.new_speakers, and without none",
+            remedy=f"give {', '.join(sorted(wanted)) or 'decoder.path, or no voice'}",
         )
 
 
@@ -90,7 +91,7 @@ def main(raw: DictConfig) -> None:
         model = build_omni_for_training(
             cfg.model, tokenizer, cfg.deepspeed, seed=cfg.run.seed, joint=False, fresh_talker=False
         )
-        if cfg.decoder is not None:
+        if cfg.decoder.path:
             write_voices(cfg.decoder, model.talker.spec, run)
         groups = select_groups(model, cfg.optim, trained=TRAINED)
         run.say(format_build_report(model.report), format_group_table(groups))

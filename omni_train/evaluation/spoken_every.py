@@ -7,7 +7,7 @@ not tell: at this kind of training both can improve while every word is lost.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -31,13 +31,13 @@ class HeldOutConfig:
     """What is spoken while training, how often, and when that ends the run.
 
     Args:
-        task: held-out requests.
+        tasks: held-out requests by name; none speaks nothing.
         steps: global steps between.
-        max_rise: training ends where the word error rate is so far above the best one so far; None
-            never ends it.
+        max_rise: training ends where the word error rate, the mean over tasks, is so far above the
+            best one so far; None never ends it.
     """
 
-    task: SpeechTask
+    tasks: dict[str, SpeechTask] = field(default_factory=dict)
     steps: int = 100
     max_rise: float | None = 0.05
 
@@ -84,16 +84,19 @@ class HeldOutSpeech:
     def __call__(self, engine: Engine, step: int) -> bool:
         """Return whether training ends; all ranks must call."""
         copy_weights(engine, self._replicas)
-        task, run = self._config.task, self._run
-        figures = evaluate_speech(
-            _NAME, task, self._replicas, self._tokenizer, self._processing, run
-        )
-        wer, most = figures["wer"], self._config.max_rise
+        run, most = self._run, self._config.max_rise
+        rates = {
+            name: evaluate_speech(
+                name, task, self._replicas, self._tokenizer, self._processing, run
+            )["wer"]
+            for name, task in self._config.tasks.items()
+        }
+        wer = sum(rates.values()) / len(rates)
         earlier = {at: rate for at, rate in self._rates.items() if at < step}
         stop = most is not None and bool(earlier) and wer > min(earlier.values()) + most
         self._rates = {**earlier, step: wer}
         best = min(self._rates, key=lambda at: self._rates[at])
-        run.event(_NAME, step=step, wer=wer, best_step=best, stop=stop)
+        run.event(_NAME, step=step, wer=wer, tasks=rates, best_step=best, stop=stop)
         if stop:
             run.say(f"step {step}: WER {wer:.3f} against {self._rates[best]:.3f} at {best}; ending")
         return stop

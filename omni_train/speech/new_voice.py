@@ -90,11 +90,11 @@ class DecoderConfig:
     """The released decoder and the voices that it gets.
 
     Args:
-        path: directory of the released model, with `spk_dict.pt`.
+        path: directory of the released model, with `spk_dict.pt`; empty where codes hold the voice.
         voices: by the name of the new speaker.
     """
 
-    path: str
+    path: str = ""
     voices: dict[str, VoiceConfig] = field(default_factory=dict)
 
 

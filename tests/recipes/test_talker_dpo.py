@@ -19,6 +19,8 @@ from data_pipelines.demo_content import VOCABULARY
 from data_pipelines.shards import Sample, write_shards
 from launch.cli import main
 from omni_train.data.candidates import read_candidates
+from omni_train.data.tars import read_tar
+from omni_train.data.tokenizer import load_tokenizer
 from omni_train.speech.token2wav import load_speakers
 from omni_train.tracking.events import read_jsonl, read_steps
 from tests.candidate_sets import content, wav
@@ -158,12 +160,12 @@ def dpo_overrides(given: Path, pairs: Path, run_dir: Path, *extra: str) -> list[
     ]
 
 
-def held_out(given: Path, *, max_rise: str) -> str:
+def held_out(given: Path, *settings: str) -> list[str]:
     asr = f"{{kind: pocketsphinx, vocabulary: [{', '.join(VOCABULARY)}]}}"
     codec = f"{{path: '{given}/omni', kind: token2wav}}"
     sampling = f"{{max_codes: {MAX_CODES}, num_slots: 4}}"
     task = f"{{path: '{given}/spoken', codec: {codec}, asr: {asr}, sampling: {sampling}, limit: 2}}"
-    return f"+held_out={{task: {task}, steps: 2, max_rise: {max_rise}}}"
+    return [f"+held_out.tasks={{spoken: {task}}}", *(f"held_out.{text}" for text in settings)]
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +173,8 @@ def trained(given: Path, pairs: Path) -> Path:
     run_dir = given / "dpo"
     # A spoken set to be asked for while training; its codes are not looked at.
     shutil.copytree(pairs, given / "spoken")
-    run("talker_dpo", dpo_overrides(given, pairs, run_dir, held_out(given, max_rise="null")))
+    spoken = held_out(given, "steps=2", "max_rise=null")
+    run("talker_dpo", dpo_overrides(given, pairs, run_dir, *spoken))
     return run_dir
 
 
@@ -243,8 +246,8 @@ def test_another_reference_is_refused_and_the_control_shares_it(
 def test_rising_word_errors_end_the_run_for_good(
     given: Path, pairs: Path, trained: Path, tmp_path: Path
 ) -> None:
-    ends = held_out(given, max_rise="0.0").replace("steps: 2", "steps: 1")
-    values = dpo_overrides(given, pairs, tmp_path / "run", ends, "optim.lr=0.05")
+    ends = held_out(given, "steps=1", "max_rise=0.0")
+    values = dpo_overrides(given, pairs, tmp_path / "run", *ends, "optim.lr=0.05")
     values = [value.replace(f"max_steps={STEPS}", "max_steps=30") for value in values]
     run("talker_dpo", values, ranks=1)
     found = events(tmp_path / "run", "held_out")
@@ -288,24 +291,27 @@ def test_a_new_voice_has_a_row_and_a_place_in_the_decoder(
         if name.endswith(".codes.npy")
     )
     (tmp_path / "voice.codes.npy").write_bytes(codes)
+    samples = []
+    for tar in sorted(pairs.glob("*.tar")):
+        for number, (key, members) in enumerate(read_tar(tar)):
+            record = json.loads(members.pop("json")) | {"speaker": ("old", "anna")[number % 2]}
+            samples.append(Sample(key, record, members))
+    tokenizer = load_tokenizer(str(given / "tokenizer"))
+    write_shards(samples, tmp_path / "named", tokenizer=tokenizer, samples_per_shard=99)
     anna = f"{{recording: '{tmp_path}/voice.wav', cond: fitted, known: '{VOICE}', fit_steps: 20, "
     anna += f"codes: '{tmp_path}/voice.codes.npy'}}"
+    usual = dpo_overrides(given, tmp_path / "named", tmp_path / "run")
     values = [
-        *(
-            v
-            for v in dpo_overrides(given, pairs, tmp_path / "run")
-            if not v.startswith("preference")
-        ),
-        f"+model.speakers={{'{VOICE}': '{VOICE}', anna: '<|speaker_2|>'}}",
+        *(value for value in usual if not value.startswith("preference")),
+        f"+model.speakers={{old: '{VOICE}', anna: '<|speaker_2|>'}}",
         "model.new_speakers=[anna]",
-        f"+decoder={{path: '{given}/omni', voices: {{anna: {anna}}}}}",
+        f"decoder.path='{given}/omni'",
+        f"+decoder.voices={{anna: {anna}}}",
     ]
-    # Pairs are spoken replies too, here of the old voice.
     run("talker_speaker_sft", values, ranks=2)
     run_dir = tmp_path / "run"
-    # No reply is in the new voice, so its row has no gradient; it is there, and trained.
-    assert changed_groups(run_dir) == TALKER
-    assert "speaker_rows" in events(run_dir, "fit_start")[0]["trained"]
+    # Of the table the new row alone.
+    assert changed_groups(run_dir) == TALKER | {"speaker_rows"}
     voices = load_speakers(run_dir / "spk_dict.pt")
     assert set(voices) == {VOICE, "anna"}
     assert voices["anna"].ref_mel.shape[2] == 80
