@@ -128,7 +128,9 @@ def _scores(scores: list[dict[str, Any]]) -> str:
     lines.append("|---|---|---|---|---|---|")
     for event in scores:
         how = ", ".join(f"{key} {event[key]}" for key in _HOW if event.get(key) not in (None, ""))
-        interval = f"{event['low']:.4g} to {event['high']:.4g}" if "low" in event else ""
+        # Spoken tasks keep theirs among their figures.
+        at = event if "low" in event else event.get("figures", {})
+        interval = f"{at['low']:.4g} to {at['high']:.4g}" if "low" in at else ""
         lines.append(
             f"| {event['task']} | {event['metric']} | {float(event['value']):.4g} | {interval} "
             f"| {event['num_samples']} | {how} |"

@@ -25,6 +25,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2_5OmniConfig
 from transformers import Qwen2_5OmniForConditionalGeneration as WholeModel
 
+import omni_train
 from omni_train.config.errors import ConfigError
 from omni_train.data.tokenizer import load_tokenizer
 from omni_train.engine.checkpoint_files import step_folders
@@ -114,13 +115,14 @@ def export(options: ExportOptions, report: Callable[[str], None]) -> str:
         )
     model = _read(options)
     scores = [event for run in options.scores for event in scores_of(run)]
+    codec_place = _codec_place(model, options)
     partial = options.out.with_name(f"{options.out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     parts = _parts(model)
     write_parts(parts, partial, layout=options.layout, shard_bytes=options.shard_bytes)
     report(f"{len(parts)} tensors, {sum(p.num_bytes for p in parts) / 1e9:.3f} GB")
-    codec = _write_codec(model, options, partial)
+    codec = _write_codec(codec_place, partial)
     _write_config(model, partial, codec=codec)
     spec = model_spec(model.config.thinker_config, model.tokenizer)
     write_processor(partial, model.tokenizer, model.facts.processing, spec)
@@ -198,19 +200,26 @@ def _carried(model: _Model, base: WeightSource) -> dict[str, str]:
     }
 
 
-def _write_codec(model: _Model, options: ExportOptions, folder: Path) -> str:
+def _codec_place(model: _Model, options: ExportOptions) -> Path | None:
+    """Directory of the codec that goes along; None where sound needs none."""
     if model.audio or model.spec is None:
-        return ""
-    place = Path(options.codec) if options.codec else None
-    if place is not None and (place / CODEC_FOLDER).is_dir():
+        return None
+    place = Path(options.codec or ".")
+    if (place / CODEC_FOLDER).is_dir():
         place = place / CODEC_FOLDER
-    if place is None or not (place / "codec.json").is_file():
+    if not options.codec or not (place / "codec.json").is_file():
         raise ConfigError(
             key="--codec",
             value=options.codec,
             rule="the run's Talker speaks in codes of a codec that is not in the base",
             remedy="give the run.dir of `speech_codec`, or a base with Token2Wav",
         )
+    return place
+
+
+def _write_codec(place: Path | None, folder: Path) -> str:
+    if place is None:
+        return ""
     (folder / CODEC_FOLDER).mkdir()
     for path in sorted(place.iterdir()):
         if path.is_file():
@@ -277,8 +286,11 @@ def _verify(model: _Model, folder: Path) -> str:
     finally:
         torch.set_num_threads(threads)
     del replica
-    command = [sys.executable, "-m", "omni_train.export.probe", str(folder), precision.name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    place = str(folder.resolve())
+    command = [sys.executable, "-m", "omni_train.export.probe", place, precision.name]
+    # From where this very code lies: another checkout may be where the command was given.
+    home = Path(omni_train.__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=home)
     reloaded = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
     if done.returncode or reloaded != trained:
         raise RuntimeError(

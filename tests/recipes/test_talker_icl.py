@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import recipes.talker_icl  # noqa: F401  registers its root
 from omni_train.config.errors import ConfigError
 from omni_train.config.load import compose_config
 from omni_train.config.register import find_root
+from omni_train.data.tokenizer import load_tokenizer
+from omni_train.engine.deepspeed import Precision
+from omni_train.export.write import ExportOptions, export
+from omni_train.models.build import build_talker_replica
+from omni_train.models.config import ModelConfig
+from omni_train.models.weights import SafetensorsSource, open_source
+from omni_train.speech.mel_kmeans import CODEC_DIR, MelKMeansCodec, MelKMeansConfig
 from omni_train.tracking.events import read_jsonl, read_steps
 from tests.numerics.talker_models import make_models
 from tests.recipes.launching import children_of, finish, kill, start, wait_for
@@ -98,6 +107,45 @@ def whole(given: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     run(overrides(given, run_dir, *CONTINUED))
     return run_dir
+
+
+def test_export_carries_the_talker_and_what_turns_its_codes_into_sound(
+    given: Path, whole: Path, tmp_path: Path
+) -> None:
+    """With the base's Token2Wav, or with a codec of our own beside it."""
+    frames = MelKMeansConfig(frame_rate_hz=25, codebook_size=4)
+    centroids = torch.zeros(4, 96, dtype=torch.int16)
+    MelKMeansCodec(frames, centroids).save(tmp_path / "codec" / CODEC_DIR)
+    tokenizer = load_tokenizer(given / "tokenizer")
+    for name, codec in (("theirs", ""), ("ours", str(tmp_path / "codec"))):
+        out = tmp_path / name
+        export(ExportOptions(run=whole, out=out, codec=codec, verify=False), print)
+        made, base = SafetensorsSource(str(out)), SafetensorsSource(str(given / "omni"))
+        run_weights = open_source(str(whole))
+        talker = {n for n in made.names() if n.startswith("talker.")}
+        assert talker == {n for n in base.names() if n.startswith("talker.")}
+        for tensor in talker:
+            trained = run_weights.tensor(tensor).to(torch.bfloat16)
+            assert torch.equal(made.tensor(tensor), trained), tensor
+        settings = json.loads((out / "config.json").read_text())
+        card = (out / "README.md").read_text()
+        decoder = any(n.startswith("token2wav.") for n in made.names())
+        assert settings["enable_audio_output"] == decoder == (not codec)
+        assert (out / "codec" / "codec.json").is_file() == bool(codec)
+        assert ("Audio output needs the codec" in card) == bool(codec)
+        assert settings["omni_train"].get("codec") == ("codec" if codec else None)
+        assert "Audio output" in card or "Token2Wav was taken over" in card
+        # Our own commands read the Talker back, whatever transformers makes of it.
+        spoken = build_talker_replica(
+            ModelConfig(tokenizer=str(out), init_from=str(out)),
+            tokenizer,
+            Precision.bf16,
+            torch.device("cpu"),
+        )
+        head = run_weights.tensor("talker.codec_head.weight").to(torch.bfloat16)
+        assert torch.equal(spoken.codec_head.weight, head)
+        voices = torch.load(out / "spk_dict.pt", weights_only=True)
+        assert voices.keys() == spoken.spec.speakers.keys()
 
 
 def test_the_talker_learns_and_the_thinker_stays(whole: Path) -> None:
