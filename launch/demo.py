@@ -82,6 +82,8 @@ STAGES: tuple[Stage | Work, ...] = (
     Stage("stage2_multimodal", "stage2_multimodal", quick_steps=4),
     Stage("stage3_long", "stage3_long", quick_steps=4),
     Stage("evaluate_stage3", "evaluate"),
+    Stage("thinker_sft", "thinker_sft", quick_steps=4),
+    Stage("evaluate_thinker_sft", "evaluate"),
 )
 TALKER: tuple[Stage | Work, ...] = (
     Stage("speech_codec", "speech_codec"),

@@ -28,6 +28,9 @@ MAX_ASR_WER = 0.15
 MIN_CAPTION_ACCURACY = 0.75
 MAX_ASR_WER_STAGE3 = 0.10
 MIN_STAGE3_ACCURACY = {"picture_accuracy": 0.85, "av_accuracy": 0.80}
+MIN_DIALOGUE_ACCURACY = 0.75
+# How much worse a question may be answered by voice than in writing.
+MAX_VOICE_LOSS = 0.10
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +111,23 @@ def summarise(root: Path, *, stages: list[str], seconds: float) -> dict[str, Any
 
 
 def thinker_scores(root: Path) -> dict[str, float]:
-    """Scores of the Thinker of stage 3; none where it has not been evaluated."""
+    """Scores of the Thinker after stage 3 and stage 4; none where it has not been evaluated."""
     scores = scores_of(root / "evaluate_stage3")
     keys = {"asr": "asr_wer_stage3", "picture": "picture_accuracy", "av": "av_accuracy"}
-    return {keys[task]: float(score["value"]) for task, score in scores.items()}
+    found = {keys[task]: float(score["value"]) for task, score in scores.items()}
+    return found | dialogue_scores(root)
+
+
+def dialogue_scores(root: Path) -> dict[str, float]:
+    """Scores after dialogues were taught; none where that has not been evaluated."""
+    scores = scores_of(root / "evaluate_thinker_sft")
+    if not scores:
+        return {}
+    asked = scores["question"]["groups"]
+    return {
+        "dialogue_accuracy": float(scores["dialogue"]["value"]),
+        **{f"{way}_question_accuracy": float(asked[way]["value"]) for way in ("voice", "text")},
+    }
 
 
 def keep_audio(root: Path) -> None:
@@ -168,6 +184,14 @@ def _thinker_failures(metrics: dict[str, Any]) -> list[str]:
     for key, least in MIN_STAGE3_ACCURACY.items():
         if metrics.get(key, 1.0) < least:
             found.append(f"{key} {metrics[key]:.3f} is below {least}")
+    if "dialogue_accuracy" not in metrics:
+        return found
+    if (right := metrics["dialogue_accuracy"]) < MIN_DIALOGUE_ACCURACY:
+        found.append(f"dialogue accuracy {right:.3f} is below {MIN_DIALOGUE_ACCURACY}")
+    voice, text = metrics["voice_question_accuracy"], metrics["text_question_accuracy"]
+    # Counts of the same questions: their difference is exact but for floats.
+    if text - voice > MAX_VOICE_LOSS + 1e-9:
+        found.append(f"questions by voice {voice:.3f}, in writing {text:.3f}: more than 10 points")
     return found
 
 
@@ -184,6 +208,9 @@ def _rows(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
         "asr_wer_stage3": ("ASR WER after stage 3", "jiwer"),
         "picture_accuracy": ("questions about pictures right, after stage 3", "exact match"),
         "av_accuracy": ("questions about clips right, after stage 3", "exact match"),
+        "dialogue_accuracy": ("last turns of dialogues right, after SFT", "exact match"),
+        "voice_question_accuracy": ("questions by voice right", "exact match"),
+        "text_question_accuracy": ("the same questions in writing", "exact match"),
     }
     rows += [(*said, metrics[key]) for key, said in names.items() if key in metrics]
     shown = [(measure, by, f"{100 * value:.1f} %") for measure, by, value in rows]

@@ -63,6 +63,8 @@ def test_summary_has_what_was_promised(done: tuple[Path, str, str]) -> None:
     metrics = summary["metrics"]
     assert {"asr_wer_before_encoder", "asr_wer_stage1", "caption_accuracy"} <= set(metrics)
     assert {"asr_wer_stage3", "picture_accuracy", "av_accuracy"} <= set(metrics)
+    asked = {"dialogue_accuracy", "voice_question_accuracy", "text_question_accuracy"}
+    assert asked <= set(metrics)
     assert all(wer <= 0.05 for wer in metrics["raw_speech_wer"].values())
     assert "all promises held" in output
 
@@ -110,6 +112,9 @@ def summary_with(**changes: Any) -> dict[str, Any]:
         "av_alignment_accuracy": 0.9,
         "av_alignment_accuracy_interleaved_1d": 0.85,
         "av_alignment_accuracy_ablation": 0.6,
+        "dialogue_accuracy": 0.75,
+        "voice_question_accuracy": 0.8,
+        "text_question_accuracy": 0.9,
         "codec_wer": {"en-us": 0.0},
         "talker_wer_icl": {"mean": 0.3},
         "talker_wer_icl_clean": {"mean": 0.1},
@@ -128,6 +133,8 @@ def summary_with(**changes: Any) -> dict[str, Any]:
         ({"asr_wer_stage1": 0.2}, "above 0.15"),
         ({"asr_wer_before_encoder": 0.05}, "did not fall"),
         ({"caption_accuracy": 0.7}, "below 0.75"),
+        ({"dialogue_accuracy": 0.74}, "dialogue accuracy 0.740 is below 0.75"),
+        ({"voice_question_accuracy": 0.79}, "more than 10 points"),
         ({"asr_wer_stage3": 0.11}, "after stage 3 0.110 is above 0.1"),
         ({"picture_accuracy": 0.84}, "picture_accuracy 0.840 is below 0.85"),
         ({"av_alignment_accuracy": 0.79}, "av_alignment_accuracy 0.790 is below 0.8"),
