@@ -30,6 +30,8 @@ from omni_train.config.safe_yaml import load_yaml
 
 PIPELINES = REPO / "conf" / "pipeline"
 RECORD_NAME = "node.json"
+# A command leaves this beside what it made.
+DONE_NAME = "node-done"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -39,6 +41,9 @@ class Kind(Enum):
     recipe = "recipe"
     corpus = "corpus"
     codes = "codes"
+    ranking = "ranking"
+    pairs = "pairs"
+    command = "command"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -46,13 +51,14 @@ class NodeConfig:
     """One node.
 
     Args:
-        kind: a recipe, the demo's corpus, or codes for the demo's spoken replies.
+        kind: a recipe, one of the demo's data steps, or a command of the `talker` group.
         recipe: name under `recipes/`; it may be one that is only planned.
         experiment: file under `conf/experiment`.
         overrides: what differs from it.
         inputs: override -> node whose directory it gets, or NODE/PATH below that directory.
         after: nodes that must be done before although no override names them.
         subset: of the corpus, for codes.
+        args: of a command; {root} stands for the directory of all nodes.
         folder: its directory, where it is not the node's name.
         needs: what must be supplied from outside, in words.
     """
@@ -64,6 +70,7 @@ class NodeConfig:
     inputs: dict[str, str] = field(default_factory=dict)
     after: list[str] = field(default_factory=list)
     subset: str = ""
+    args: list[str] = field(default_factory=list)
     folder: str = ""
     needs: str = ""
 
@@ -172,6 +179,13 @@ def _check(name: str, config: PipelineConfig) -> None:
                 rule="there is no such recipe, built or planned",
                 remedy=f"one of: {', '.join(recipe_names())}",
             )
+        if node.kind is Kind.command and node.args[:1] != ["talker"]:
+            raise ConfigError(
+                key=f"{key}.args",
+                value=node.args,
+                rule="a node's command is one of the talker group",
+                remedy="begin with talker, as in [talker, rank, ...]",
+            )
         for parent in node.parents:
             if parent not in seen:
                 raise ConfigError(
@@ -237,7 +251,13 @@ def _state(
 
 
 # File that a data step writes last.
-_PROOF = {Kind.corpus: "corpus.json", Kind.codes: "manifest.json"}
+_PROOF = {
+    Kind.corpus: "corpus.json",
+    Kind.codes: "manifest.json",
+    Kind.ranking: "ledger.jsonl",
+    Kind.pairs: "manifest.json",
+    Kind.command: DONE_NAME,
+}
 
 
 def chosen(

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import textwrap
-from pathlib import Path
 
 from launch.cluster import ClusterConfig, Target, job_name, parse_words
+from launch.local import child_environment
 from launch.pipeline import (
+    DONE_NAME,
     Kind,
     Node,
     PipelineConfig,
@@ -187,8 +190,18 @@ def _run_node(config: PipelineConfig, node: Node, *, ranks: int | None) -> int:
         from launch.data import make_corpus
 
         return make_corpus(node.run_dir, seed=None, quick=False)
-    if node.config.kind is Kind.codes:
-        return _add_codes(node.config.subset, root, node.run_dir)
+    if node.config.kind is Kind.command:
+        return _run_command(config, node)
+    if node.config.kind is not Kind.recipe:
+        from launch.demo_work import Codes, Pairs, Ranking, Work
+
+        works: dict[Kind, Work] = {
+            Kind.codes: Codes(node.config.subset),
+            Kind.ranking: Ranking(),
+            Kind.pairs: Pairs(),
+        }
+        print(works[node.config.kind](root, print, quick=False))
+        return 0
     return run_recipe(
         node.config.recipe,
         node.overrides(config.experiment),
@@ -197,16 +210,12 @@ def _run_node(config: PipelineConfig, node: Node, *, ranks: int | None) -> int:
     )
 
 
-def _add_codes(subset: str, root: Path, target: Path) -> int:
-    from data_pipelines.codes import add_codes
-    from omni_train.speech.codec import CodecConfig
-
-    add_codes(
-        root / "corpus" / subset,
-        target,
-        CodecConfig(path=str(root / "speech_codec")),
-        tokenizer_dir=str(root / "corpus" / "tokenizer"),
-        num_workers=0,
-        report=print,
-    )
-    return 0
+def _run_command(config: PipelineConfig, node: Node) -> int:
+    """Run a command of ours in a process of its own."""
+    place = f"runs/{config.experiment}"
+    words = [word.replace("{root}", place) for word in node.config.args]
+    command = [sys.executable, "-m", "launch", *words]
+    code = subprocess.run(command, cwd=REPO, env=child_environment(), check=False).returncode
+    if code == 0:
+        (node.run_dir / DONE_NAME).touch()
+    return code

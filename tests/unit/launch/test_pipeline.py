@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launch import pipeline, starting
+from launch import demo, pipeline, starting
 from launch.cli import main
 from launch.pipeline import Kind, State, load_pipeline, nodes_of, picture, pipeline_names
 from launch.stages import recipe_names
@@ -63,6 +63,16 @@ def test_every_node_s_settings_exist(name: str) -> None:
         check_overrides(root, overrides, [CONF_DIR])
         if node.config.experiment:
             assert compose_config(root, overrides).run.experiment == config.experiment
+
+
+def test_the_demo_s_pipelines_are_its_stages_in_order() -> None:
+    names = [*load_pipeline("demo").nodes, *load_pipeline("controls").nodes]
+    assert set(names) - {"corpus"} == {step.name for step in demo.ALL}
+    for step in demo.ALL:
+        config = (load_pipeline("demo").nodes | load_pipeline("controls").nodes)[step.name]
+        if isinstance(step, demo.Stage):
+            assert config.recipe == step.recipe
+            assert config.experiment == f"demo/{step.experiment or step.name}"
 
 
 def test_the_picture_names_every_node_with_its_state_and_needs() -> None:
@@ -127,6 +137,7 @@ def test_a_chain_is_run_restarted_and_found_stale(
         (("experiment: chain", "experiment: ../chain"), "names are letters"),
         (("about: three stages", "about: &a three\nx: *a"), "aliases are refused"),
         (("after: [one]}\n  four", "after: {a: b}}\n  four"), "chain"),
+        (("recipe: talker_icl, after", "kind: command, args: [demo], after"), "talker group"),
     ],
 )
 def test_a_file_that_does_not_hold_together_is_refused(
