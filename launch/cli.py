@@ -52,9 +52,11 @@ def _parser() -> argparse.ArgumentParser:
     add_checkpoint(add)
     from launch.jobs import add_jobs
     from launch.report import add_report
+    from launch.track import add_track
 
     add_jobs(add)
     add_report(add)
+    add_track(add)
     return parser
 
 
@@ -375,6 +377,12 @@ def _export(args: argparse.Namespace) -> int:
     return run_export(args)
 
 
+def _track(args: argparse.Namespace) -> int:
+    from launch.track import run_track
+
+    return run_track(args)
+
+
 def _report(args: argparse.Namespace) -> int:
     from launch.report import run_report
 
@@ -412,6 +420,7 @@ _COMMANDS = {
     "launch": _jobs,
     "pipeline": _jobs,
     "report": _report,
+    "track": _track,
     "demo": _demo,
     "stages": _stages,
     "config": _config,

@@ -1,18 +1,22 @@
 """W&B as a view of `events.jsonl`: an offline run, rebuilt from the file whenever asked.
 
 Training never imports this module before it has ended, so that W&B can neither delay a step nor
-lose one. Uploading is a process of its own (`wandb sync`), started by whoever has a network.
+lose one. Uploading is a process of its own (`omni-train track sync`), started by whoever has a
+network.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 import uuid
 from pathlib import Path
 from typing import Any
 
+import omni_train
 from omni_train.tracking.events import read_jsonl, read_steps
+from omni_train.tracking.lineage import made_by, read_by
 
 _INIT_TIMEOUT_S = 30.0
 # Numbers of a step event that are of no use as a curve.
@@ -56,6 +60,35 @@ def _audio(run_dir: Path, events: list[dict[str, Any]]) -> dict[str, list[Any]]:
             caption = "{text} | heard: {heard} | WER {wer:.2f} | {speaker} {key}".format(**event)
             found.setdefault(task, []).append(wandb.Audio(str(run_dir / wave), caption=caption))
     return found
+
+
+def _log_lineage(run: Any, run_dir: Path) -> None:
+    """Log what the run read and made, by reference: W&B copies nothing."""
+    import wandb
+
+    def artifact(item: Any) -> Any:
+        made = wandb.Artifact(item.name, item.kind)
+        made.add_reference(item.address, name=item.name)
+        return made
+
+    # It says of every address that it cannot check it; the hash stands in the address.
+    logging.getLogger("wandb").setLevel(logging.ERROR)
+    for item in read_by(run_dir, Path(omni_train.__file__).parents[1]):
+        # What use_artifact does with one that is not uploaded yet, but for its refusal offline.
+        run._log_artifact(artifact(item), is_user_created=True, use_after_commit=True)
+    for item in made_by(run_dir):
+        run.log_artifact(artifact(item))
+
+
+def _alert(run: Any, events: list[dict[str, Any]]) -> None:
+    """Raise an alert for steps that were not finite, and for an end that was none."""
+    bad = [event for event in events if event["kind"] == "non_finite"]
+    if bad:
+        steps = sorted({int(event["step"]) for event in bad})
+        run.alert("Non-finite step", f"steps {steps}; the samples are in events.jsonl")
+    ends = [event for event in events if event["kind"] == "run_end"]
+    if ends and ends[-1]["status"] != "done":
+        run.alert(f"Run {ends[-1]['status']}", f"step {ends[-1]['step']}: {ends[-1]['reason']}")
 
 
 def write_wandb(run_dir: Path, *, project: str, config: dict[str, Any] | None = None) -> Path:
@@ -108,6 +141,8 @@ def write_wandb(run_dir: Path, *, project: str, config: dict[str, Any] | None = 
         run.summary.update(_evaluations(events))
         for task, waves in _audio(run_dir, events).items():
             run.log({f"audio/{task}": waves})
+        _log_lineage(run, run_dir)
+        _alert(run, events)
     finally:
         run.finish()
     if target.exists():

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import numpy as np
+import pytest
 import soundfile
+import yaml
 
+from launch.cli import main
 from omni_train.tracking.events import JsonlWriter, read_jsonl, read_new, read_steps
+from omni_train.tracking.lineage import made_by, read_by
 from omni_train.tracking.wandb_view import flatten, write_wandb
 from tests.wandb_files import wandb_bytes
 
@@ -95,3 +100,53 @@ def test_following_a_log_gives_each_whole_line_once(tmp_path: Path) -> None:
     second, offset = read_new(path, offset)
     assert second == [{"a": 2}, {"a": 3}]
     assert read_new(path, offset) == ([], path.stat().st_size)
+
+
+def make_stage(root: Path, name: str, settings: dict[str, object], data: dict[str, str]) -> Path:
+    """A stage that ended with a checkpoint, below `root`."""
+    folder = root / name
+    checkpoint = folder / "checkpoints" / "step-4"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text(json.dumps({"of": name}))
+    writer = JsonlWriter(folder / "events.jsonl")
+    writer.write({"kind": "run_start", "stage": name, "experiment": "e", "run_id": f"e/{name}"})
+    writer.write({"kind": "step", "step": 4, "loss": 1.0})
+    writer.write({"kind": "non_finite", "step": 3, "rank": 1})
+    end = {"status": "preempted", "step": 4, "reason": "asked to stop by SIGUSR1"}
+    writer.write({"kind": "run_end", **end})
+    writer.close()
+    (folder / "resolved.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "fingerprint.json").write_text(json.dumps({"data": data}))
+    return folder
+
+
+def test_lineage_spans_from_the_data_to_the_last_stage(tmp_path: Path) -> None:
+    first = make_stage(tmp_path, "first", {}, {"text": "d1"})
+    model = {"model": {"init_from": str(first / "checkpoints")}, "tracking": {"project": "p"}}
+    second = make_stage(tmp_path, "second", model, {"asr": "d2"})
+    (made,) = made_by(first)
+    assert [item.kind for item in read_by(second, tmp_path)] == ["dataset", "checkpoint"]
+    assert read_by(second, tmp_path)[1] == made
+    assert main(["track", "sync", str(first), str(second), "--offline"]) == 0
+    written = {folder: wandb_bytes(folder / "wandb") for folder in (first, second)}
+    address = made.address.encode()
+    assert b"omni-train://dataset/text?hash=d1" in written[first]
+    assert address in written[first]
+    assert address in written[second]
+    # Another content is another address, under the same name.
+    (first / "checkpoints" / "step-4" / "manifest.json").write_text("{}")
+    (changed,) = made_by(first)
+    assert changed.name == made.name
+    assert changed.address != made.address
+
+
+def test_alerts_say_what_went_wrong(tmp_path: Path) -> None:
+    folder = make_stage(tmp_path, "first", {}, {})
+    content = wandb_bytes(write_wandb(folder, project="test"))
+    assert b"Non-finite step" in content
+    assert b"step 4: asked to stop by SIGUSR1" in content
+
+
+def test_sync_of_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["track", "sync", str(tmp_path)]) == 66
+    assert "there is no run" in capsys.readouterr().err
