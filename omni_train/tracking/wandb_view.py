@@ -8,9 +8,10 @@ network.
 from __future__ import annotations
 
 import hashlib
-import logging
+import io
 import shutil
 import uuid
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,11 @@ def _log_lineage(run: Any, run_dir: Path) -> None:
 
     def artifact(item: Any) -> Any:
         made = wandb.Artifact(item.name, item.kind)
-        made.add_reference(item.address, name=item.name)
+        # It says of every address that it cannot check it; the hash stands in the address.
+        with redirect_stderr(io.StringIO()):
+            made.add_reference(item.address, name=item.name)
         return made
 
-    # It says of every address that it cannot check it; the hash stands in the address.
-    logging.getLogger("wandb").setLevel(logging.ERROR)
     for item in read_by(run_dir, Path(omni_train.__file__).parents[1]):
         # What use_artifact does with one that is not uploaded yet, but for its refusal offline.
         run._log_artifact(artifact(item), is_user_created=True, use_after_commit=True)
