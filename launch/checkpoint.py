@@ -23,15 +23,25 @@ def add_checkpoint(add: Callable[..., argparse.ArgumentParser]) -> None:
         "omni-train checkpoint convert old/deepspeed_run weights/converted",
     )
     actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def add_action(name: str, summary: str, example: str) -> argparse.ArgumentParser:
+        return actions.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"examples:\n  omni-train checkpoint {name} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
     for name, summary in (
         ("ls", "list the checkpoints of a run, newest first"),
         ("verify", "read every byte of a run's checkpoints and compare it with the manifest"),
     ):
-        action = actions.add_parser(name, help=summary, description=summary)
+        action = add_action(name, summary, "runs/audio --json")
         action.add_argument("run", help="directory of the run")
         action.add_argument("--json", action="store_true", help="print JSON")
     summary = "write the weights of a DeepSpeed ZeRO-3 directory as safetensors"
-    convert = actions.add_parser("convert", help=summary, description=summary)
+    convert = add_action("convert", summary, "old/deepspeed_run weights/converted")
     convert.add_argument("directory", help="what DeepSpeed's save_checkpoint was given")
     convert.add_argument("target", help="directory to make; model.init_from reads it")
 

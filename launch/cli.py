@@ -16,8 +16,10 @@ _USAGE = 2
 Add = Callable[..., argparse.ArgumentParser]
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
     from launch.checkpoint import add_checkpoint
+    from launch.tools import add_tools
 
     parser = argparse.ArgumentParser(
         prog="omni-train",
@@ -46,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_checks(add)
     _add_runs(add)
+    add_tools(add)
     _add_export(add)
     _add_data(add)
     _add_talker(add)
@@ -61,16 +64,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_checks(add: Add) -> None:
-    from launch.doctor import add_doctor
-
-    doctor = add(
-        "doctor",
-        "Check this machine, or several: software, devices, disk, data, ranks, clocks; remedies.",
-        "omni-train doctor",
-        "omni-train doctor stage1_audio experiment=stage1_audio/debug --json",
-        "srun omni-train doctor --nodes 2 --ranks 8 --rendezvous node1:29500",
-    )
-    add_doctor(doctor)
     demo = add(
         "demo",
         "Make a small corpus and train the recipe on two CPU ranks; no GPU, no network.",
@@ -109,34 +102,12 @@ def _add_checks(add: Add) -> None:
 
 
 def _add_runs(add: Add) -> None:
-    from launch.plan import add_plan
-    from launch.runs import add_runs
-
     config = add(
         "config",
         "Print a stage's resolved configuration.",
         "omni-train config stage1_audio model=tiny optim.lr=1e-3",
         "omni-train config stage1_audio experiment=stage1_audio/debug --json",
     )
-    plan = add(
-        "plan",
-        "Memory, time and cost of a stage before it is started; touches no GPU.",
-        "omni-train plan stage1_audio phase=encoder model=qwen2_5_omni_7b --devices 64",
-        "omni-train plan stage1_audio phase=adapter model=qwen2_5_omni_3b --price 2 --json",
-        "omni-train plan stage1_audio experiment=demo/stage1_audio_encoder --hardware cpu \\",
-        "    --devices 2 --refit runs/demo/stage1_audio_adapter",
-    )
-    add_plan(plan)
-    runs = add(
-        "runs",
-        "List runs, show one, tell two apart, follow one live, clean up.",
-        "omni-train runs                            all runs below runs/",
-        "omni-train runs show runs/audio",
-        "omni-train runs diff runs/audio runs/audio-2",
-        "omni-train runs tail runs/audio            loss curve, live while it runs",
-        "omni-train runs clean runs --keep 1 --yes",
-    )
-    add_runs(runs)
     train = add(
         "train",
         "Train a stage; the same command again resumes.",
@@ -176,8 +147,8 @@ def _add_export(add: Add) -> None:
     )
 
 
-def _add_data(add: Add) -> None:
-    data = add(
+def _add_data(add_command: Add) -> None:
+    data = add_command(
         "data",
         "Make, index, check and look at sets of shards.",
         "omni-train data corpus runs/demo/corpus --seed 0",
@@ -186,14 +157,27 @@ def _add_data(add: Add) -> None:
         "omni-train data index shards/librispeech --tokenizer runs/demo/corpus/tokenizer",
     )
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
-    corpus = actions.add_parser("corpus", help="generate the demo corpus with real media")
+    add = _adder(actions)
+    corpus = add(
+        "corpus",
+        "generate the demo corpus with real media",
+        "omni-train data corpus runs/demo/corpus --seed 0",
+    )
     corpus.add_argument("path", help="directory to write")
     corpus.add_argument("--seed", type=int, help="of the whole corpus")
     corpus.add_argument("--quick", action="store_true", help="a small one")
-    index = actions.add_parser("index", help="write the Parquet index and the manifest of shards")
+    index = add(
+        "index",
+        "write the Parquet index and the manifest of shards",
+        "omni-train data index shards/librispeech --tokenizer runs/demo/corpus/tokenizer",
+    )
     index.add_argument("path", help="directory with the shards")
     index.add_argument("--tokenizer", required=True, help="directory of a saved tokenizer")
-    benchmark = actions.add_parser("benchmark", help="turn a public benchmark into shards")
+    benchmark = add(
+        "benchmark",
+        "turn a public benchmark into shards",
+        "omni-train data benchmark librispeech LibriSpeech/test-clean shards/test --tokenizer T",
+    )
     benchmark.add_argument("name", help="such as librispeech, omnibench or mmlu")
     benchmark.add_argument("path", help="the owner's file or directory")
     benchmark.add_argument("out", help="directory to make")
@@ -244,7 +228,7 @@ def _adder(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> Add:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    parser = _parser()
+    parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     # argparse gives up on positionals that follow an option; overrides may stand anywhere.
     flags = [word for word in rest if word.startswith("-")]
@@ -339,16 +323,10 @@ def _plan(args: argparse.Namespace) -> int:
     return run_plan(args)
 
 
-def _doctor(args: argparse.Namespace) -> int:
-    from launch.doctor import run_doctor
+def _tool(args: argparse.Namespace) -> int:
+    from launch.tools import run_tool
 
-    return run_doctor(args)
-
-
-def _runs(args: argparse.Namespace) -> int:
-    from launch.runs import run_runs
-
-    return run_runs(args)
+    return run_tool(args)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -424,9 +402,10 @@ _COMMANDS = {
     "demo": _demo,
     "stages": _stages,
     "config": _config,
-    "doctor": _doctor,
     "plan": _plan,
-    "runs": _runs,
+    "doctor": _tool,
+    "runs": _tool,
+    "completion": _tool,
     "train": _train,
     "evaluate": _train,
     "export": _export,
