@@ -136,8 +136,15 @@ def trained_groups(recipe: str, values: Mapping[str, Any]) -> tuple[str, ...]:
             rule="it trains no part of the model under DeepSpeed",
             remedy=f"plan one of {', '.join(PLANNABLE)}",
         )
+    if values.get("lora", {}).get("rank"):
+        raise ConfigError(
+            key="lora.rank",
+            value=values["lora"]["rank"],
+            rule="the estimates know trained and frozen weights, not adapters",
+            remedy="plan with lora.rank=0; adapters need less memory and about as much time",
+        )
     groups = _TRAINED[recipe]
-    if recipe.startswith("talker"):
+    if recipe in ("talker_icl", "talker_speaker_sft"):
         groups += ("speaker_rows",) if values["model"]["new_speakers"] else ()
         joint = values.get("thinker") == "joint"
         groups += tuple(sorted(THINKER_GROUPS - {"lm_head"})) if joint else ()

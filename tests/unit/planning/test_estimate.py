@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from omni_train.config.errors import ConfigError
+from omni_train.models.groups import THINKER_GROUPS
 from omni_train.planning.constants import known_hardware, load_constants, load_hardware
 from omni_train.planning.estimate import Options, Plan, plan_stage
 from omni_train.planning.memory import estimate_memory
@@ -18,7 +19,14 @@ from omni_train.planning.reliability import expect
 from omni_train.planning.setup import choose_recompute, first_knob
 from omni_train.planning.shapes import DecoderLoad, DecoderShape, Recompute, Setup
 from omni_train.planning.speed import estimate_step
-from recipes import stage1_audio, stage1_vision, talker_icl, text_lm
+from recipes import (
+    stage1_audio,
+    stage1_vision,
+    talker_dpo,
+    talker_icl,
+    talker_speaker_sft,
+    text_lm,
+)
 
 CONSTANTS = load_constants()
 H100 = load_hardware("h100")
@@ -175,6 +183,13 @@ def test_trained_groups_are_the_recipes_own() -> None:
         *talker_icl.TRAINED_JOINTLY,
         "speaker_rows",
     }
+    named = {"model": {"new_speakers": ["anna"]}}
+    assert trained_groups("talker_dpo", named) == talker_dpo.TRAINED
+    assert trained_groups("talker_speaker_sft", named) == talker_speaker_sft.TRAINED
+    for recipe in ("stage2_multimodal", "stage3_long", "thinker_sft"):
+        assert set(trained_groups(recipe, {"lora": {"rank": 0}})) == THINKER_GROUPS
+    with pytest.raises(ConfigError, match="adapters"):
+        trained_groups("thinker_sft", {"lora": {"rank": 8}})
     with pytest.raises(ConfigError, match="trains no part"):
         trained_groups("speech_codec", {})
 
