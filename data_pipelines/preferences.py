@@ -71,6 +71,7 @@ class PairConfig:
 
     Args:
         min_gap: least difference of their scores.
+        max_chosen_score: of the chosen answer; what is merely less wrong is no example.
         max_pairs: kept of one request at most.
         max_length_ratio: codes of the longer answer over those of the shorter one, at most.
         recording: use of the request's own speech.
@@ -79,6 +80,7 @@ class PairConfig:
     """
 
     min_gap: float = 0.3
+    max_chosen_score: float = 1.0
     max_pairs: int = 3
     max_length_ratio: float = 2.0
     recording: RecordingUse = RecordingUse.never
@@ -88,6 +90,7 @@ class PairConfig:
     def __post_init__(self) -> None:
         for name, valid in (
             ("min_gap", self.min_gap > 0),
+            ("max_chosen_score", self.max_chosen_score >= 0),
             ("max_pairs", self.max_pairs >= 1),
             ("max_length_ratio", self.max_length_ratio >= 1),
             ("samples_per_shard", self.samples_per_shard >= 1),
@@ -216,6 +219,8 @@ def _why_not(
         return "small_gap"
     if chosen["failure"]:
         return "chosen_failed"
+    if chosen["score"] > config.max_chosen_score:
+        return "chosen_bad"
     if not rejected["num_codes"]:
         return "rejected_empty"
     lengths = sorted([chosen["num_codes"], rejected["num_codes"]])

@@ -52,6 +52,7 @@ def add_talker(add: Add) -> None:
     pairs.add_argument("out", help="directory of the pairs")
     pairs.add_argument("--tokenizer", required=True, help="directory of a saved tokenizer")
     pairs.add_argument("--min-gap", type=float, default=0.3, help="least difference of scores")
+    pairs.add_argument("--max-chosen-score", type=float, default=1.0)
     pairs.add_argument("--max-pairs", type=int, default=3, help="of one request")
     pairs.add_argument("--max-length-ratio", type=float, default=2.0)
     pairs.add_argument("--recording", choices=["never", "may", "chosen"], default="never")
@@ -134,6 +135,7 @@ def _pairs(args: argparse.Namespace) -> None:
 
     config = PairConfig(
         min_gap=args.min_gap,
+        max_chosen_score=args.max_chosen_score,
         max_pairs=args.max_pairs,
         max_length_ratio=args.max_length_ratio,
         recording=RecordingUse[args.recording],

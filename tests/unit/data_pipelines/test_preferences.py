@@ -47,6 +47,7 @@ def test_the_widest_gaps_are_kept_and_an_answer_stands_in_one_pair() -> None:
     }
     assert reasons(rows, max_pairs=1)["b", "c"] == "enough_pairs"
     assert reasons(rows, min_gap=0.7)["b", "c"] == "small_gap"
+    assert reasons(rows, max_chosen_score=0.2)["b", "c"] == "chosen_bad"
 
 
 @pytest.mark.parametrize(
