@@ -27,8 +27,9 @@ from omni_train.models.attention import (
 from omni_train.models.sequence_parallel import SequenceParallel
 from omni_train.models.weights import BuildReport
 
-# Vocabulary columns of one tile of logits; with TRL's 4,096 rows a bf16 tile takes 64 MiB.
-LOGPROB_CHUNK = 8192
+# Vocabulary columns of one tile of logits; with TRL's 4,096 rows a bf16 tile takes 32 MiB. On a CPU
+# some eight tiles in fp32 are alive at once.
+LOGPROB_CHUNK = 4096
 
 
 class LogProbHead(nn.Linear):

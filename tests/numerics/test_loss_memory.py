@@ -12,7 +12,7 @@ import pytest
 from benchmarks.loss_memory import GOAL, LONG, POSITIONS, slope
 
 ROOT = Path(__file__).resolve().parents[2]
-# Of the 32,768 positions: two tiles of 4,096 x 8,192 and what is computed on them, in fp32, and the
+# Of the 32,768 positions: some eight tiles of 4,096 x 4,096 at once, in fp32, and twice the
 # gradient of a head of 64 columns.
 LONG_PEAK_BYTES = 1_000_000_000
 
