@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import shutil
+import time
 import uuid
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -20,6 +21,9 @@ from omni_train.tracking.events import read_jsonl, read_steps
 from omni_train.tracking.lineage import made_by, read_by
 
 _INIT_TIMEOUT_S = 30.0
+# How long W&B's process may take to close the file, and what it logs when it has.
+_WRITE_TIMEOUT_S = 10.0
+_CLOSED = b"stream: all finished"
 # Numbers of a step event that are of no use as a curve.
 _NOT_CURVES = {"kind", "time", "step", "keys", "applied"}
 
@@ -92,6 +96,17 @@ def _alert(run: Any, events: list[dict[str, Any]]) -> None:
         run.alert(f"Run {ends[-1]['status']}", f"step {ends[-1]['step']}: {ends[-1]['reason']}")
 
 
+def _wait_written(folder: Path) -> None:
+    """Wait for W&B's own process: after a second run in one process, `finish` returns before it."""
+    deadline = time.monotonic() + _WRITE_TIMEOUT_S
+    while time.monotonic() < deadline:
+        logs = folder.glob("wandb/offline-run-*/logs/debug-internal.log")
+        closed = any(_CLOSED in path.read_bytes() for path in logs)
+        if closed and all(p.stat().st_size > 0 for p in folder.glob("wandb/offline-run-*/*.wandb")):
+            return
+        time.sleep(0.05)
+
+
 def write_wandb(run_dir: Path, *, project: str, config: dict[str, Any] | None = None) -> Path:
     """Rebuild the offline W&B run of `run_dir` and return its directory.
 
@@ -146,6 +161,7 @@ def write_wandb(run_dir: Path, *, project: str, config: dict[str, Any] | None = 
         _alert(run, events)
     finally:
         run.finish()
+    _wait_written(staging)
     if target.exists():
         shutil.rmtree(target)
     staging.replace(target)
