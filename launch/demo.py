@@ -1,7 +1,8 @@
-"""`omni-train demo`: corpus, text LM, stages 1 to 3 of the Thinker, and their evaluation.
+"""`omni-train demo`: corpus, text LM, all stages of the Thinker, and their evaluation.
 
-`--talker` goes on with the codec, the Talker, its preferences and a new voice, `--controls` with
-the comparisons behind the claims, each from the checkpoints of what came before.
+`--talker` goes on with the codec and the Talker, `--preferences` from there with DPO and a new
+voice, `--controls` with the comparisons behind the claims, each from the checkpoints of what came
+before.
 
 Every stage is the recipe that a cluster would run, on two ZeRO-3 CPU ranks, with settings from
 `conf/experiment/demo/`. A stage that is done is not run again, so the same command continues where
@@ -90,7 +91,9 @@ TALKER: tuple[Stage | Work, ...] = (
     Codes("train/speech_noisy"),
     Stage("talker_icl", "talker_icl", quick_steps=6),
     Stage("evaluate_talker_icl", "evaluate"),
-    # Preferences: candidates, their ranking, pairs, DPO, and what it is compared with.
+)
+# Candidates, their ranking, pairs, DPO and what it is compared with, and a new voice.
+PREFERENCES: tuple[Stage | Work, ...] = (
     Stage(
         "talker_candidates",
         "talker_candidates",
@@ -155,7 +158,7 @@ CONTROLS: tuple[Stage | Work, ...] = (
 )
 
 
-ALL = STAGES + TALKER + CONTROLS
+ALL = STAGES + TALKER + PREFERENCES + CONTROLS
 
 
 @dataclass(slots=True)
@@ -193,6 +196,7 @@ def run_demo(
     *,
     quick: bool,
     talker: bool = False,
+    preferences: bool = False,
     controls: bool = False,
     fresh: bool = False,
     name: str | None = None,
@@ -203,6 +207,7 @@ def run_demo(
     Args:
         quick: few steps on a small corpus, and only the structural checks.
         talker: go on with the codec and the Talker; what the demo has done is not done again.
+        preferences: go on from there with preference training and a new voice.
         controls: then run the comparisons too.
         fresh: remove what an earlier demo trained; its corpus is kept where it still fits.
         name: directory under `runs/`; where it is None, `demo` or `demo-quick`, and the seed.
@@ -219,7 +224,8 @@ def run_demo(
     if not _NAME.fullmatch(root.name):
         console.print(f"--name={name}: letters, digits, . _ and - make a name")
         return int(ExitCode.usage)
-    steps = STAGES + (TALKER if talker or controls else ()) + (CONTROLS if controls else ())
+    steps = STAGES + (TALKER if talker or preferences or controls else ())
+    steps += (PREFERENCES if preferences else ()) + (CONTROLS if controls else ())
     for folder in [*(step.name for step in ALL), "codes"] if fresh else ():
         shutil.rmtree(root / folder, ignore_errors=True)
     started = time.monotonic()

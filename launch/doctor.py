@@ -77,9 +77,9 @@ def _check_arguments(args: argparse.Namespace) -> None:
     def refuse(key: str, value: object, rule: str, remedy: str) -> ConfigError:
         return ConfigError(key=key, value=value, rule=rule, remedy=remedy)
 
-    if args.stage is not None and args.stage not in recipe_names(built_only=True):
-        built = ", ".join(recipe_names(built_only=True))
-        raise refuse("STAGE", args.stage, "there is no such stage", f"use one of {built}")
+    if args.stage is not None and args.stage not in recipe_names():
+        known = ", ".join(recipe_names())
+        raise refuse("STAGE", args.stage, "there is no such stage", f"use one of {known}")
     if args.ranks is not None and args.ranks < 0:
         raise refuse("--ranks", args.ranks, "must not be negative", "0 leaves them out")
     if args.nodes < 1:

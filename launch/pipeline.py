@@ -52,7 +52,7 @@ class NodeConfig:
 
     Args:
         kind: a recipe, one of the demo's data steps, or a command of the `talker` group.
-        recipe: name under `recipes/`; it may be one that is only planned.
+        recipe: name under `recipes/`.
         experiment: file under `conf/experiment`.
         overrides: what differs from it.
         inputs: override -> node whose directory it gets, or NODE/PATH below that directory.
@@ -104,7 +104,6 @@ class State(Enum):
 
     done = "done"
     stale = "stale"
-    planned = "planned"
     failed = "failed"
     preempted = "preempted"
     running = "running"
@@ -176,7 +175,7 @@ def _check(name: str, config: PipelineConfig) -> None:
             raise ConfigError(
                 key=f"{key}.recipe",
                 value=node.recipe,
-                rule="there is no such recipe, built or planned",
+                rule="there is no such recipe",
                 remedy=f"one of: {', '.join(recipe_names())}",
             )
         if node.kind is Kind.command and node.args[:1] != ["talker"]:
@@ -230,8 +229,6 @@ def _fingerprint(node: NodeConfig, parents: list[Node]) -> str:
 def _state(
     node: NodeConfig, run_dir: Path, fingerprint: str, parents: list[Node]
 ) -> tuple[State, str]:
-    if node.kind is Kind.recipe and node.recipe not in recipe_names(built_only=True):
-        return State.planned, "there is no recipe yet"
     record = run_dir / RECORD_NAME
     recorded = json.loads(record.read_bytes())["fingerprint"] if record.exists() else None
     if node.kind is Kind.recipe:

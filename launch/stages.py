@@ -1,7 +1,4 @@
-"""The stages as a table: what each starts from, trains and freezes, and whether it is built.
-
-A stage counts as built where its script exists; nothing is claimed beyond that.
-"""
+"""The stages as a table: what each starts from, trains and freezes."""
 
 from __future__ import annotations
 
@@ -38,19 +35,9 @@ class Stage:
         """Recipe and phase."""
         return f"{self.recipe} {self.override}".rstrip()
 
-    @property
-    def script(self) -> Path:
-        """Path of the recipe's script, whether it exists or not."""
-        return REPO / "recipes" / f"{self.recipe}.py"
-
-    @property
-    def built(self) -> bool:
-        """Whether the script exists."""
-        return self.script.is_file()
-
     def as_dict(self) -> dict[str, Any]:
         """Return the row as plain values."""
-        return {**asdict(self), "built": self.built}
+        return asdict(self)
 
 
 STAGES = (
@@ -154,9 +141,9 @@ STAGES = (
 )
 
 
-def recipe_names(*, built_only: bool = False) -> list[str]:
+def recipe_names() -> list[str]:
     """Return the recipes' names in order, each once."""
-    return list(dict.fromkeys(s.recipe for s in STAGES if s.built or not built_only))
+    return list(dict.fromkeys(stage.recipe for stage in STAGES))
 
 
 def find_stages(name: str) -> list[Stage]:
@@ -166,7 +153,7 @@ def find_stages(name: str) -> list[Stage]:
 
 def format_table(stages: tuple[Stage, ...] = STAGES) -> str:
     """Return the table as aligned text."""
-    head = ("#", "stage", "starts from", "trained", "frozen", "max tokens", "status")
+    head = ("#", "stage", "starts from", "trained", "frozen", "max tokens")
     rows = [
         (
             stage.number,
@@ -175,7 +162,6 @@ def format_table(stages: tuple[Stage, ...] = STAGES) -> str:
             stage.trained,
             stage.frozen,
             str(stage.max_tokens or "-"),
-            "built" if stage.built else "planned",
         )
         for stage in stages
     ]
@@ -189,18 +175,14 @@ def format_table(stages: tuple[Stage, ...] = STAGES) -> str:
 
 def format_stage(stage: Stage) -> str:
     """Return one stage in full."""
-    status = "built" if stage.built else "planned: there is no script yet"
     lines = [
-        f"{stage.number}  {stage.name}  ({status})",
+        f"{stage.number}  {stage.name}",
         f"   starts from  {stage.starts_from}",
         f"   trained      {stage.trained}",
         f"   frozen       {stage.frozen}",
         f"   data         {stage.data}",
         f"   max tokens   {stage.max_tokens or '-'}",
+        f"   script       recipes/{stage.recipe}.py",
+        f"   command      ./run train {stage.name}",
     ]
-    if stage.built:
-        lines += [
-            f"   script       recipes/{stage.recipe}.py",
-            f"   command      ./run train {stage.name}",
-        ]
     return "\n".join(lines)

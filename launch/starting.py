@@ -82,8 +82,8 @@ def _here(jobs: list[StageJob], *, submit: bool) -> int:
 def _job_of_stage(name: str, overrides: list[str], ranks: int) -> StageJob:
     from launch.local import check
 
-    if name not in recipe_names(built_only=True):
-        known = ", ".join([*recipe_names(built_only=True), *pipeline_names()])
+    if name not in recipe_names():
+        known = ", ".join([*recipe_names(), *pipeline_names()])
         raise ConfigError(
             key="launch", value=name, rule="there is no such stage", remedy=f"one of: {known}"
         )
@@ -98,7 +98,6 @@ def _job_of_stage(name: str, overrides: list[str], ranks: int) -> StageJob:
 def _jobs_of_pipeline(name: str, overrides: list[str]) -> list[StageJob]:
     config = load_pipeline(name)
     nodes = nodes_of(config)
-    _refuse_unbuilt(name, list(nodes.values()))
     first = [n for n in nodes.values() if n.config.kind is not Kind.recipe]
     if left := [node.name for node in first if node.state is not State.done]:
         raise ConfigError(
@@ -118,16 +117,6 @@ def _jobs_of_pipeline(name: str, overrides: list[str]) -> list[StageJob]:
         for node in nodes.values()
         if node.config.kind is Kind.recipe
     ]
-
-
-def _refuse_unbuilt(name: str, nodes: list[Node]) -> None:
-    if planned := [node.name for node in nodes if node.state is State.planned]:
-        raise ConfigError(
-            key=name,
-            value=", ".join(planned),
-            rule="there is no recipe for this yet",
-            remedy="stop before it with --to",
-        )
 
 
 def run_pipeline(args: argparse.Namespace) -> int:
@@ -158,7 +147,6 @@ def _run(
     config: PipelineConfig, picked: list[Node], nodes: dict[str, Node], *, ranks: int | None
 ) -> int:
     todo = [node for node in picked if node.state is not State.done]
-    _refuse_unbuilt(config.experiment, todo)
     inside = {node.name for node in picked}
     for node in picked:
         for parent in node.config.parents:

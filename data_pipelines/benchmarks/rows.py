@@ -67,11 +67,10 @@ def _of_file(path: Path) -> Found:
         for number, values in enumerate(rows, 1):
             yield path.name, number, values
     elif suffix in (".csv", ".tsv"):
-        quoting = csv.QUOTE_MINIMAL if suffix == ".csv" else csv.QUOTE_NONE
         with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(
-                file, delimiter="," if suffix == ".csv" else "\t", quoting=quoting
-            )
+            reader = csv.DictReader(file)
+            if suffix == ".tsv":
+                reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
             for number, values in enumerate(reader, 1):
                 yield path.name, number, values
     elif suffix == ".parquet":

@@ -11,8 +11,7 @@ import pytest
 
 from launch import demo, pipeline, starting
 from launch.cli import main
-from launch.pipeline import Kind, State, load_pipeline, nodes_of, picture, pipeline_names
-from launch.stages import recipe_names
+from launch.pipeline import Kind, load_pipeline, nodes_of, picture, pipeline_names
 from omni_train.config.errors import ConfigError
 from omni_train.config.load import CONF_DIR, check_overrides, compose_config
 from omni_train.config.register import find_root
@@ -55,7 +54,7 @@ def test_what_is_shipped() -> None:
 def test_every_node_s_settings_exist(name: str) -> None:
     config = load_pipeline(name)
     for node in nodes_of(config).values():
-        if node.config.kind is not Kind.recipe or node.state is State.planned:
+        if node.config.kind is not Kind.recipe:
             continue
         importlib.import_module(f"recipes.{node.config.recipe}")
         root = find_root(node.config.recipe)
@@ -80,7 +79,6 @@ def test_the_picture_names_every_node_with_its_state_and_needs() -> None:
     shown = picture(config, nodes_of(config))
     for name in config.nodes:
         assert f"- {name}  " in shown
-    assert ("[planned: " in shown) == (set(recipe_names()) != set(recipe_names(built_only=True)))
     assert "no public source provides" in shown
     assert max(map(len, shown.splitlines())) <= 100
 
