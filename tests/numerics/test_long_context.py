@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +11,8 @@ import torch
 from omni_train.data.visibility import NO_PARENT, Segments
 from omni_train.models.attention import segment_attention
 from omni_train.tracking.events import read_steps
+from tests.numerics.ranks import run_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 560
 HEADS, KEY_HEADS, HEAD_SIZE = 2, 1, 16
 
@@ -58,26 +55,7 @@ def test_attention_never_builds_tokens_by_tokens(segments: Segments, tokens: int
 
 @pytest.mark.slow
 def test_two_ranks_train_on_one_pack_of_32768_tokens(tmp_path: Path) -> None:
-    env = {
-        **os.environ,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "passive",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "tests.numerics.long_worker", str(tmp_path / "run")]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            # torchrun ends its ranks on SIGTERM; on SIGKILL they would live on.
-            process.terminate()
-            output, _ = process.communicate()
-            pytest.fail(f"hung after {TIMEOUT_S} s:\n{output[-3000:]}")
-    assert process.returncode == 0, output[-3000:]
+    run_ranks("long_worker", str(tmp_path / "run"), timeout_s=TIMEOUT_S)
     steps = read_steps(tmp_path / "run" / "events.jsonl")
     plain = json.loads((tmp_path / "run" / "plain.json").read_text())
     print([(step["loss"], step["peak_rss_mib"], step["seconds"]) for step in steps])

@@ -6,9 +6,6 @@ Real gloo ranks under ZeRO-3, every kind of media, spans that a cut between rank
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +13,15 @@ import pytest
 
 from omni_train.config.errors import ConfigError
 from omni_train.models.sequence_parallel import check_sequence_parallel, refuse_sequence_parallel
+from tests.numerics.ranks import run_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 240
 
 
 def measured(folder: Path, ranks: int) -> list[dict[str, Any]]:
     """Run the ranks and return what each measured, by pack."""
     result = folder / "result"
-    env = {
-        **os.environ,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "passive",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={ranks}", "-m", "tests.numerics.sequence_worker", str(result)]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            # torchrun ends its ranks on SIGTERM; on SIGKILL they would live on.
-            process.terminate()
-            output, _ = process.communicate()
-            pytest.fail(f"hung after {TIMEOUT_S} s:\n{output[-3000:]}")
-    assert process.returncode == 0, output[-3000:]
+    run_ranks("sequence_worker", str(result), ranks=ranks, timeout_s=TIMEOUT_S)
     return [json.loads(result.with_suffix(f".{rank}").read_text()) for rank in range(ranks)]
 
 

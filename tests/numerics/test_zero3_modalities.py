@@ -7,15 +7,12 @@ other (RECIPE.md section 4: a rank that skips a tower trains on wrong weights, t
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.numerics.ranks import run_ranks
+
 TIMEOUT_S = 240
 
 
@@ -23,26 +20,7 @@ TIMEOUT_S = 240
 def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Run both ranks once and return what each measured, by part."""
     result = tmp_path_factory.mktemp("zero3") / "result"
-    env = {
-        **os.environ,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "passive",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "tests.numerics.zero3_worker", str(result)]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            # torchrun ends its ranks on SIGTERM; on SIGKILL they would live on.
-            process.terminate()
-            output, _ = process.communicate()
-            pytest.fail(f"hung after {TIMEOUT_S} s:\n{output[-3000:]}")
-    assert process.returncode == 0, output[-3000:]
+    run_ranks("zero3_worker", str(result), timeout_s=TIMEOUT_S)
     return [json.loads(result.with_suffix(f".{rank}").read_text()) for rank in range(2)]
 
 
