@@ -69,11 +69,15 @@ def _add_checks(add: Add) -> None:
         "Make a small corpus and train the recipe on two CPU ranks; no GPU, no network.",
         "omni-train demo",
         "omni-train demo --quick",
+        "omni-train demo --thinker",
         "omni-train demo --talker",
         "omni-train demo --preferences",
         "omni-train demo --fresh",
     )
     demo.add_argument("--quick", action="store_true", help="few steps, structural checks only")
+    demo.add_argument(
+        "--thinker", action="store_true", help="go on: pretraining stages 2 and 3, dialogues"
+    )
     demo.add_argument(
         "--talker", action="store_true", help="go on: a codec, and a Talker that learns to speak"
     )
@@ -257,6 +261,7 @@ def _demo(args: argparse.Namespace) -> int:
 
     return run_demo(
         quick=args.quick,
+        thinker=args.thinker,
         talker=args.talker,
         preferences=args.preferences,
         controls=args.controls,

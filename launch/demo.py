@@ -1,8 +1,8 @@
-"""`omni-train demo`: corpus, text LM, all stages of the Thinker, and their evaluation.
+"""`omni-train demo`: corpus, text LM, both stage-1 towers in two phases, and their evaluation.
 
-`--talker` goes on with the codec and the Talker, `--preferences` from there with DPO and a new
-voice, `--controls` with the comparisons behind the claims, each from the checkpoints of what came
-before.
+`--thinker` goes on with stages 2 to 4, `--talker` with the codec and the Talker, `--preferences`
+from there with DPO and a new voice, `--controls` with the comparisons behind the claims, each from
+the checkpoints of what came before.
 
 Every stage is the recipe that a cluster would run, on two ZeRO-3 CPU ranks, with settings from
 `conf/experiment/demo/`. A stage that is done is not run again, so the same command continues where
@@ -80,6 +80,9 @@ STAGES: tuple[Stage | Work, ...] = (
     Stage("evaluate_audio_adapter", "evaluate"),
     Stage("evaluate_audio_encoder", "evaluate"),
     Stage("evaluate_vision_encoder", "evaluate"),
+)
+# The whole Thinker: pretraining on all kinds of data, then dialogues.
+THINKER: tuple[Stage | Work, ...] = (
     Stage("stage2_multimodal", "stage2_multimodal", quick_steps=4),
     Stage("stage3_long", "stage3_long", quick_steps=4),
     Stage("evaluate_stage3", "evaluate"),
@@ -158,7 +161,7 @@ CONTROLS: tuple[Stage | Work, ...] = (
 )
 
 
-ALL = STAGES + TALKER + PREFERENCES + CONTROLS
+ALL = STAGES + THINKER + TALKER + PREFERENCES + CONTROLS
 
 
 @dataclass(slots=True)
@@ -195,6 +198,7 @@ class _Follower:
 def run_demo(
     *,
     quick: bool,
+    thinker: bool = False,
     talker: bool = False,
     preferences: bool = False,
     controls: bool = False,
@@ -206,6 +210,7 @@ def run_demo(
 
     Args:
         quick: few steps on a small corpus, and only the structural checks.
+        thinker: go on with stages 2 and 3 and the dialogues.
         talker: go on with the codec and the Talker; what the demo has done is not done again.
         preferences: go on from there with preference training and a new voice.
         controls: then run the comparisons too.
@@ -224,7 +229,8 @@ def run_demo(
     if not _NAME.fullmatch(root.name):
         console.print(f"--name={name}: letters, digits, . _ and - make a name")
         return int(ExitCode.usage)
-    steps = STAGES + (TALKER if talker or preferences or controls else ())
+    steps = STAGES + (THINKER if thinker else ())
+    steps += TALKER if talker or preferences or controls else ()
     steps += (PREFERENCES if preferences else ()) + (CONTROLS if controls else ())
     for folder in [*(step.name for step in ALL), "codes"] if fresh else ():
         shutil.rmtree(root / folder, ignore_errors=True)
