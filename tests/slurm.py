@@ -134,6 +134,8 @@ def _until(condition: object, what: str, slurm: Slurm) -> None:
 @contextmanager
 def two_nodes(folder: Path) -> Iterator[Slurm]:
     """Start munged, slurmctld and two slurmd in the foreground; stop them at the end."""
+    if {name for _, name in socket.if_nameindex()} == {"lo"}:
+        pytest.skip("SLURM binds to no port where there is no network beside loopback")
     _install()
     folder.mkdir(parents=True)
     (folder / "state").mkdir()

@@ -120,7 +120,9 @@ def pairs(given: Path, sampled: Path) -> Path:
     made, ranking = str(sampled / "candidates"), str(given / "ranking")
     assert main(["talker", "rank", made, ranking, "--asr", ASR, "--workers", "0"]) == 0
     command = ["talker", "pairs", made, ranking, str(given / "pairs")]
-    command += ["--max-length-ratio", "100", "--tokenizer", str(given / "tokenizer")]
+    # Of a Talker that has learnt nothing every answer is bad.
+    command += ["--max-length-ratio", "100", "--max-chosen-score", "100"]
+    command += ["--tokenizer", str(given / "tokenizer")]
     assert main(command) == 0
     return given / "pairs"
 
