@@ -22,22 +22,26 @@ class Normalizer(Enum):
     basic: lower case, no punctuation. english: Whisper's, which also rewrites numbers, so that
     "seven thousand" and "7000" agree. seed_tts: lower case, no punctuation but the apostrophe, as
     seed-tts-eval does for English. chinese: full width becomes half width, punctuation and white
-    space go; for character error rates, as seed-tts-eval has them for Chinese.
+    space go; for character error rates, as seed-tts-eval has them for Chinese. verbatim: white
+    space alone, for formulas and numbers, whose signs are not punctuation.
     """
 
     basic = "basic"
     english = "english"
     seed_tts = "seed_tts"
     chinese = "chinese"
+    verbatim = "verbatim"
 
 
 class Metric(Enum):
     """What a task is scored by; the kinds are in `kinds/`, the table in `scoring.py`.
 
     wer, cer: word or character error rate. bleu: of translations, 0..100. exact_match,
-    relaxed_match: share of replies that are a right answer, or for numbers near one. choice,
+    relaxed_match: share of replies that are a right answer, or for numbers near one. tempo: share
+    within 4 %. anls: likeness to the nearest answer. vqa: share of people who agree. choice,
     choice_likelihood: share of right letters, generated or the most probable. label: share of right
-    labels. grounding: share of boxes with an IoU of 0.5.
+    labels. grounding: share of boxes with an IoU of 0.5. answered: share of replies that say
+    something, for sets that are judged elsewhere.
     """
 
     wer = "wer"
@@ -45,10 +49,14 @@ class Metric(Enum):
     bleu = "bleu"
     exact_match = "exact_match"
     relaxed_match = "relaxed_match"
+    tempo = "tempo"
+    anls = "anls"
+    vqa = "vqa"
     choice = "choice"
     choice_likelihood = "choice_likelihood"
     label = "label"
     grounding = "grounding"
+    answered = "answered"
 
 
 @cache
@@ -58,6 +66,7 @@ def _fold(normalizer: Normalizer) -> Callable[[str], str]:
         Normalizer.english: lambda: EnglishTextNormalizer(english_spelling_mapping={}),
         Normalizer.seed_tts: lambda: _fold_seed_tts,
         Normalizer.chinese: lambda: _fold_chinese,
+        Normalizer.verbatim: lambda: str,
     }
     return folds[normalizer]()
 

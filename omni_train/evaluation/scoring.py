@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from omni_train.config.errors import DataError
-from omni_train.evaluation.kinds.answers import EXACT, RELAXED
+from omni_train.evaluation.kinds.answers import ANSWERED, EXACT, RELAXED, TEMPO
 from omni_train.evaluation.kinds.base import Answer, Kind
 from omni_train.evaluation.kinds.choice import CHOICE, LIKELIHOOD
 from omni_train.evaluation.kinds.grounding import GROUNDING
 from omni_train.evaluation.kinds.labels import LABELS
 from omni_train.evaluation.kinds.transcripts import CHARACTERS, WORDS
 from omni_train.evaluation.kinds.translation import TRANSLATION
+from omni_train.evaluation.kinds.vqa import ANLS, SOFT
 from omni_train.evaluation.metrics import Metric, Normalizer
 
 KINDS: dict[Metric, Kind] = {
@@ -27,10 +28,14 @@ KINDS: dict[Metric, Kind] = {
     Metric.bleu: TRANSLATION,
     Metric.exact_match: EXACT,
     Metric.relaxed_match: RELAXED,
+    Metric.tempo: TEMPO,
+    Metric.anls: ANLS,
+    Metric.vqa: SOFT,
     Metric.choice: CHOICE,
     Metric.choice_likelihood: LIKELIHOOD,
     Metric.label: LABELS,
     Metric.grounding: GROUNDING,
+    Metric.answered: ANSWERED,
 }
 _BOOTSTRAPS, _BOOTSTRAP_SEED = 1000, 0
 

@@ -106,6 +106,42 @@ def test_exact_and_relaxed_match() -> None:
     assert value([("nan", "nan"), ("5", "inf")], Metric.relaxed_match) == 0.5
 
 
+def test_signs_count_where_nothing_is_folded() -> None:
+    signs = [("-3", "3"), ("-3", " -3 "), ("\\frac{1}{2}", "\\frac{1}{2}")]
+    assert scored(signs, Metric.exact_match, Normalizer.verbatim).each == [0, 1, 1]
+    assert value([("-3", "3")], Metric.exact_match) == 1.0
+
+
+def test_tempo_is_right_within_four_percent() -> None:
+    near = [("100", "104"), ("100", "104.5"), ("136", "68"), ("136", "fast")]
+    assert scored(near, Metric.tempo).each == [1, 0, 0, 0]
+
+
+def test_answers_that_others_judge_are_only_counted() -> None:
+    assert value([("", "a"), ("", " \n")], Metric.answered) == 0.5
+
+
+def test_anls_takes_the_nearest_reference_and_drops_the_distant() -> None:
+    verbatim = Normalizer.verbatim
+    pairs = [("Nokia", "nokia"), ("nokia", "nokla"), ("nokia", "sony"), ("nokia", "")]
+    assert scored(pairs, Metric.anls, verbatim).each == pytest.approx([1, 0.8, 0, 0])
+    # A distance of exactly a half counts for nothing.
+    assert value([("ab", "ac")], Metric.anls, verbatim) == 0.0
+    several = Answer("s", ("samsung", "nokia"), "nokias")
+    assert score([several], Metric.anls, verbatim).whole.value == pytest.approx(5 / 6)
+
+
+def test_soft_accuracy_leaves_each_person_out() -> None:
+    def soft(agreeing: int) -> float:
+        people = ("nokia",) * agreeing + ("none",) * (10 - agreeing)
+        return score([Answer("s", people, "Nokia.")], Metric.vqa, BASIC).whole.value
+
+    # k of ten agree: each of them sees k - 1 others, the rest see k; three are enough.
+    found = [soft(agreeing) for agreeing in range(5)]
+    assert found == pytest.approx([0, 0.3, 0.6, 0.9, 1.0])
+    assert value([("nokia", "nokia"), ("nokia", "sony")], Metric.vqa) == 0.5
+
+
 OPTIONS = ("a red dog", "red", "a cat", "blue")
 
 
