@@ -81,7 +81,8 @@ def _chain(first: Sample, rest: Iterator[Sample]) -> Iterator[Sample]:
 
 def _samples(name: str, source: Path, root: Path | None, split: str) -> Iterator[Sample]:
     benchmark = BENCHMARKS[name]
-    for count, row in enumerate(read_rows(source, root=root, split=split)):
+    rows = read_rows(source, root=root, split=split, quoted=benchmark.quoted)
+    for count, row in enumerate(rows):
         record, gathered = record_of(row, benchmark.convert(row), benchmark.task)
         record |= {"source": name}
         media = {

@@ -1,4 +1,4 @@
-"""Open questions (ChartQA, TextVQA, DocVQA, GSM8K), boxes (RefCOCO), VoiceBench in both ways."""
+"""Open questions (ChartQA, TextVQA, DocVQA, GSM8K, MATH), boxes (RefCOCO), VoiceBench."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from omni_train.data.types import MediaKind
 SHORT = "Answer with a single word or number."
 LOCATE = "Give the box of this as [x1, y1, x2, y2] in pixels: {phrase}"
 _FINAL = re.compile(r"####\s*(-?[\d,.]+)\s*$")
+_BOXED = "\\boxed{"
 
 
 def chartqa(row: Row) -> Question:
@@ -21,7 +22,9 @@ def chartqa(row: Row) -> Question:
 def textvqa(row: Row) -> Question:
     """`image_id`, `question`, `answers` (ten people's); the picture is `<image_id>.jpg`."""
     picture = (MediaKind.image, f"{row.text('image_id')}.jpg")
-    references = list(dict.fromkeys(row.texts("answers")))
+    # How many people say the same is what the score is made of; the most frequent comes first.
+    answers = row.texts("answers")
+    references = sorted(answers, key=lambda answer: -answers.count(answer))
     return Question([picture, f"{row.text('question')}\n{SHORT}"], references)
 
 
@@ -33,7 +36,7 @@ def docvqa(row: Row) -> Question:
 
 
 def refcoco(row: Row) -> Question:
-    """`image`, `answer` (list of phrases), `bbox` (x, y, width, height)."""
+    """`image`, `answer` (list of phrases), `bbox` (x, y, width, height); also RefCOCO+ and g."""
     try:
         x, y, width, height = (float(number) for number in row.texts("bbox"))
     except ValueError as error:
@@ -48,6 +51,14 @@ def voicebench(row: Row) -> Question:
     return Question([(MediaKind.audio, row.get("audio"))], [row.text("reference")], group="voice")
 
 
+def voicebench_open(row: Row) -> Question:
+    """`audio` and `prompt` (AlpacaEval, CommonEval, IFEval, AdvBench), which others judge.
+
+    No reply is right; the reference is the question in writing, which the judge reads.
+    """
+    return Question([(MediaKind.audio, row.get("audio"))], [row.text("prompt")])
+
+
 def voicebench_text(row: Row) -> Question:
     """The same in writing: `prompt` and `reference`."""
     return Question([row.text("prompt")], [row.text("reference")], group="text")
@@ -60,3 +71,26 @@ def gsm8k(row: Row) -> Question:
         raise row.wrong("bad_field", "field 'answer' does not end in #### and a number")
     final = found[1].replace(",", "")
     return Question([f"{row.text('question')}\nGive the number alone."], [final])
+
+
+def math(row: Row) -> Question:
+    """`problem`, and `solution` whose last `\\boxed{...}` is the answer.
+
+    Replies must be that LaTeX to the letter; equal values written in another way count as wrong.
+    """
+    solution = row.text("solution")
+    start = solution.rfind(_BOXED)
+    answer = _braced(solution, start + len(_BOXED)) if start >= 0 else ""
+    if not answer:
+        raise row.wrong("bad_field", "field 'solution' has no \\boxed{...}")
+    return Question([f"{row.text('problem')}\nGive the final answer in LaTeX alone."], [answer])
+
+
+def _braced(text: str, start: int) -> str:
+    """The text from `start` to the brace that closes it; empty where none does."""
+    depth = 1
+    for end in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start:end].strip()
+    return ""

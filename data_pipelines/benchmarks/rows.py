@@ -1,7 +1,8 @@
 """Rows of a benchmark's files: JSON, JSON Lines, CSV, TSV, Parquet, LibriSpeech, `datasets`.
 
 A JSON file is a list of rows, or an object with the list under `data`. A directory is what
-`datasets` saved, Parquet files, or LibriSpeech's tree of `*.trans.txt`.
+`datasets` saved, Parquet files, LibriSpeech's tree of `*.trans.txt`, or that of GiantSteps with
+`annotations/giantsteps/*.bpm`.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from data_pipelines.benchmarks.base import Row
 from omni_train.config.errors import DataError
 
 
-def read_rows(path: Path, *, root: Path | None = None, split: str = "") -> Iterator[Row]:
+def read_rows(
+    path: Path, *, root: Path | None = None, split: str = "", quoted: bool = False
+) -> Iterator[Row]:
     """Yield every row of a file or directory.
 
     Args:
         path: what the benchmark's owner gives out.
         root: directory of the media; that of the file where left out.
         split: of a saved `DatasetDict`.
+        quoted: whether texts of a TSV stand in quotes where they hold tabs or several lines.
 
     Raises:
         DataError: `corrupt_source` with file and row; `unknown_source` for another kind of file.
@@ -34,7 +38,7 @@ def read_rows(path: Path, *, root: Path | None = None, split: str = "") -> Itera
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or directory")
     home = root or (path if path.is_dir() else path.parent)
-    found = _of_directory(path, split) if path.is_dir() else _of_file(path)
+    found = _of_directory(path, split) if path.is_dir() else _of_file(path, quoted)
     for file, number, values in found:
         if not isinstance(values, dict):
             raise DataError("corrupt_source", f"{file}, row {number}: {values!r} is no row")
@@ -46,10 +50,11 @@ def _home(folder: Path, file: str) -> Path:
     return (folder / file).parent if file.endswith(".trans.txt") else folder
 
 
+_MAX_FIELD = 2**31 - 1
 Found = Iterator[tuple[str, int, Any]]
 
 
-def _of_file(path: Path) -> Found:
+def _of_file(path: Path, quoted: bool) -> Found:
     suffix = path.suffix.lower()
     if suffix == ".jsonl":
         with path.open(encoding="utf-8") as file:
@@ -67,16 +72,34 @@ def _of_file(path: Path) -> Found:
         for number, values in enumerate(rows, 1):
             yield path.name, number, values
     elif suffix in (".csv", ".tsv"):
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            if suffix == ".tsv":
-                reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            for number, values in enumerate(reader, 1):
-                yield path.name, number, values
+        yield from _of_table(path, "," if suffix == ".csv" else "\t", quoted or suffix == ".csv")
     elif suffix == ".parquet":
         yield from _of_parquet(path)
     else:
         raise DataError("unknown_source", f"{path.name} is none of .jsonl .json .csv .tsv .parquet")
+
+
+def _of_table(path: Path, delimiter: str, quoted: bool) -> Found:
+    # A picture in base64 is longer than a field of this module may be at first.
+    csv.field_size_limit(_MAX_FIELD)
+    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    number = 0
+    with path.open(encoding="utf-8", newline="") as file:
+        try:
+            for values in csv.DictReader(file, delimiter=delimiter, quoting=quoting):
+                number += 1
+                yield path.name, number, values
+        except csv.Error as error:
+            raise DataError("corrupt_source", f"{path.name}, row {number + 1}: {error}") from error
+
+
+def _of_annotations(files: list[Path], folder: Path) -> Found:
+    """A file has a comment and `tempo <from second> <beats per minute>`."""
+    for path in files:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        found = [line.split() for line in lines if line.split()[:1] == ["tempo"]]
+        values = {"id": path.stem, "tempo": found[0][2]} if found and len(found[0]) == 3 else {}
+        yield path.relative_to(folder).as_posix(), 1, values
 
 
 def _parsed(text: str, file: str, number: int) -> Any:
@@ -101,12 +124,15 @@ def _of_parquet(path: Path) -> Found:
 def _of_directory(folder: Path, split: str) -> Found:
     transcripts = sorted(folder.rglob("*.trans.txt"))
     tables = sorted(folder.glob("*.parquet"))
+    tempos = sorted(folder.glob("annotations/giantsteps/*.bpm"))
     if transcripts:
         for path in transcripts:
             name = path.relative_to(folder).as_posix()
             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
                 utterance, _, text = line.partition(" ")
                 yield name, number, {"id": utterance, "text": text}
+    elif tempos:
+        yield from _of_annotations(tempos, folder)
     elif tables:
         for path in tables:
             yield from _of_parquet(path)

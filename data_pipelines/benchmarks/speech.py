@@ -1,4 +1,4 @@
-"""Speech recognition and translation: LibriSpeech, Common Voice, FLEURS, VoxPopuli, CoVoST 2.
+"""Speech recognition and translation: LibriSpeech, Common Voice, WenetSpeech, CoVoST 2 and others.
 
 `*.trans.txt` of LibriSpeech; Common Voice's and CoVoST 2's TSV, media under `clips/`; FLEURS and
 VoxPopuli as datasets with a column of sound.
@@ -31,6 +31,15 @@ def fleurs(row: Row) -> Question:
 def voxpopuli(row: Row) -> Question:
     """`audio` and `normalized_text`."""
     return _transcript(row.get("audio"), row.text("normalized_text"))
+
+
+def wenetspeech(row: Row) -> Question:
+    """`sid` and `text` of a segment of Test_Net or Test_Meeting, and `audio`, its sound.
+
+    The owner's JSON has `begin_time` and `end_time` in a long recording: cut it first.
+    """
+    row.text("sid")
+    return _transcript(row.get("audio"), row.text("text"))
 
 
 def covost2(row: Row) -> Question:

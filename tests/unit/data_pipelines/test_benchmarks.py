@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import soundfile
-from PIL import Image
 
+from data_pipelines.benchmarks.base import Row
 from data_pipelines.benchmarks.make import make_benchmark
 from data_pipelines.benchmarks.rows import read_rows
 from data_pipelines.benchmarks.table import BENCHMARKS
@@ -26,178 +21,7 @@ from omni_train.evaluation.kinds.base import Answer
 from omni_train.evaluation.metrics import Metric, Normalizer
 from omni_train.evaluation.scoring import score
 from tests.numerics.samples import small_tokenizer
-from tests.unit.data.clips import clip, every, tone, wav
-from tests.unit.data.samples import png
-
-SOUND = {"bytes": wav(tone(0.3, 16_000)), "path": "a.wav"}
-PICTURE = {"bytes": png(56, 56, 1), "path": "a.png"}
-FOUR = ["red", "blue", "green", "pink"]
-# name -> (a row as the owner documents it, media files, the right reply)
-ROWS: dict[str, tuple[dict[str, Any], list[str], str]] = {
-    "librispeech": ({"id": "84-1-0000", "text": "GO DO"}, ["84-1-0000.flac"], "GO DO"),
-    "common_voice": (
-        {"client_id": "c", "path": "c.mp3", "sentence": "Go on.", "up_votes": "2"},
-        ["clips/c.mp3"],
-        "Go on.",
-    ),
-    "common_voice_zh": (
-        {"path": "c.mp3", "sentence": "\u4f60\u597d"},
-        ["clips/c.mp3"],
-        "\u4f60\u597d",
-    ),
-    "fleurs": ({"id": 1, "audio": SOUND, "transcription": "go", "lang_id": 1}, [], "go"),
-    "fleurs_zh": ({"audio": SOUND, "transcription": "\u4f60\u597d"}, [], "\u4f60\u597d"),
-    "voxpopuli": ({"audio": SOUND, "normalized_text": "go", "raw_text": "Go."}, [], "go"),
-    "covost2": (
-        {"path": "c.mp3", "sentence": "Go.", "translation": "Geh.", "client_id": "c"},
-        ["clips/c.mp3"],
-        "Geh.",
-    ),
-    "covost2_zh": ({"path": "c.mp3", "translation": "\u8d70"}, ["clips/c.mp3"], "\u8d70"),
-    "meld": (
-        {"Utterance": "Oh", "Emotion": "joy", "Dialogue_ID": "0", "Utterance_ID": "3"},
-        ["dia0_utt3.mp4"],
-        "joy",
-    ),
-    "vocalsound": (
-        {"wav": "/data/owner/audio_16k/f0003_0_cough.wav", "labels": "/m/01b_21"},
-        ["audio_16k/f0003_0_cough.wav"],
-        "cough",
-    ),
-    "omnibench": (
-        {
-            "index": 1,
-            "task type": "Action",
-            "audio type": "speech",
-            "question": "What?",
-            "options": FOUR,
-            "answer": "green",
-            "audio_path": "a.mp3",
-            "image_path": "a.jpg",
-        },
-        ["mm_data/audio/a.mp3", "mm_data/image/a.jpg"],
-        "C",
-    ),
-    "mmau": (
-        {"id": "x", "audio_id": "./t/a.wav", "question": "?", "choices": FOUR, "answer": "blue"}
-        | {"task": "sound", "difficulty": "easy"},
-        ["t/a.wav"],
-        "B",
-    ),
-    "mmmu": (
-        {"id": "x", "question": "<image 1>?", "options": str(FOUR), "answer": "D"}
-        | {"question_type": "multiple-choice", "subfield": "Art", "image_1": PICTURE},
-        [],
-        "D",
-    ),
-    "mmlu": ({"question": "?", "choices": FOUR, "answer": 2, "subject": "art"}, [], "C"),
-    "mmlu_pro": (
-        {"question": "?", "options": [*FOUR, "grey"], "answer": "E", "category": "art"},
-        [],
-        "E",
-    ),
-    "video_mme": (
-        {"videoID": "v", "question": "?", "options": ["A. red", "B. blue"], "answer": "B"}
-        | {"duration": "short", "question_id": "001-1"},
-        ["v.mp4"],
-        "B",
-    ),
-    "mvbench": (
-        {"video": "x/v.mp4", "question": "?", "candidates": FOUR, "answer": "red"},
-        ["x/v.mp4"],
-        "A",
-    ),
-    "ai2d": ({"image": PICTURE, "question": "?", "options": FOUR, "answer": "3"}, [], "D"),
-    "chartqa": ({"imgname": "1.png", "query": "How many?", "label": "14"}, ["png/1.png"], "14"),
-    "textvqa": (
-        {"image_id": "1f", "question": "?", "answers": ["nokia", "nokia", "nok"]},
-        ["1f.jpg"],
-        "nokia",
-    ),
-    "docvqa": ({"image": "d/1.png", "question": "?", "answers": ["7"]}, ["d/1.png"], "7"),
-    "refcoco": (
-        {"image": PICTURE, "answer": ["left cup"], "bbox": [10.0, 20.0, 30.0, 5.5]},
-        [],
-        "[10.0, 20.0, 40.0, 25.5]",
-    ),
-    "voicebench": ({"audio": SOUND, "prompt": "Who?", "reference": "Bach"}, [], "Bach"),
-    "voicebench_text": ({"prompt": "Who?", "reference": "Bach"}, [], "Bach"),
-    "gsm8k": ({"question": "?", "answer": "2+2\n#### 1,004"}, [], "1004"),
-}
-# A field whose absence must be named.
-NEEDED = {
-    "librispeech": "text",
-    "common_voice": "sentence",
-    "common_voice_zh": "path",
-    "fleurs": "transcription",
-    "fleurs_zh": "audio",
-    "voxpopuli": "normalized_text",
-    "covost2": "translation",
-    "covost2_zh": "path",
-    "meld": "Emotion",
-    "vocalsound": "labels",
-    "omnibench": "audio_path",
-    "mmau": "choices",
-    "mmmu": "options",
-    "mmlu": "answer",
-    "mmlu_pro": "category",
-    "video_mme": "videoID",
-    "mvbench": "candidates",
-    "ai2d": "image",
-    "chartqa": "label",
-    "textvqa": "answers",
-    "docvqa": "question",
-    "refcoco": "bbox",
-    "voicebench": "reference",
-    "voicebench_text": "prompt",
-    "gsm8k": "answer",
-}
-BYTES = {
-    ".mp4": lambda: clip(every(1.0, 4), sound=tone(0.5, 16_000)),
-    ".wav": lambda: SOUND["bytes"],
-}
-
-
-def sound_file(suffix: str) -> bytes:
-    """A real sound in the container of the suffix."""
-    sink = io.BytesIO()
-    soundfile.write(sink, tone(0.3, 16_000), 16_000, format=suffix.lstrip(".").upper())
-    return sink.getvalue()
-
-
-def picture_file(suffix: str) -> bytes:
-    sink = io.BytesIO()
-    Image.new("RGB", (56, 56), "red").save(sink, format={".jpg": "JPEG"}.get(suffix, "PNG"))
-    return sink.getvalue()
-
-
-def lay_out(folder: Path, name: str, row: dict[str, Any]) -> Path:
-    """Write media and one row in the owner's kind of file; return what the command is given."""
-    for media in ROWS[name][1]:
-        path = folder / media
-        path.parent.mkdir(parents=True, exist_ok=True)
-        make = {".mp4": BYTES[".mp4"], ".wav": BYTES[".wav"]}.get(path.suffix)
-        if make is not None:
-            path.write_bytes(make())
-        elif path.suffix in (".png", ".jpg"):
-            path.write_bytes(picture_file(path.suffix))
-        else:
-            path.write_bytes(sound_file(path.suffix))
-    if name.startswith(("common_voice", "covost2", "meld")):
-        file = folder / ("meld.csv" if name == "meld" else "test.tsv")
-        with file.open("w", encoding="utf-8", newline="") as sink:
-            writer = csv.DictWriter(sink, row, delimiter="," if name == "meld" else "\t")
-            writer.writeheader()
-            writer.writerow(row)
-        return file
-    if any(isinstance(value, dict) for value in row.values()):
-        file = folder / "test.parquet"
-        pq.write_table(pa.Table.from_pylist([row]), file)
-        return file
-    file = folder / ("rows.json" if name in ("vocalsound", "textvqa") else "rows.jsonl")
-    text = json.dumps({"data": [row]} if file.suffix == ".json" else row)
-    file.write_text(text + "\n", encoding="utf-8")
-    return file
+from tests.unit.data_pipelines.benchmark_rows import FOUR, INNER, NEEDED, PICTURE, ROWS, lay_out
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -211,12 +35,15 @@ def test_a_row_becomes_a_sample_that_scores_as_right(name: str, tmp_path: Path) 
     shards = ShardSet("made", str(out))
     raw = fetch(shards.path_of(0), shards.row(0, 0))
     wanted = len(media) + sum(isinstance(value, dict) for value in row.values())
+    wanted += INNER.get(name, 0)
     assert len(raw.media) == wanted
     messages, meta = raw.record["messages"], raw.record["meta"]
     assert messages[-1] == {"role": "assistant", "content": reply}
     benchmark = BENCHMARKS[name]
     values = []
-    for said in (reply, "nothing of the kind"):
+    # Where others judge, only silence is worse.
+    wrong_reply = "" if benchmark.metric == "answered" else "nothing of the kind"
+    for said in (reply, wrong_reply):
         answer = Answer(
             "s", tuple(meta.get("references", [reply])), said, tuple(meta.get("options", []))
         )
@@ -227,8 +54,7 @@ def test_a_row_becomes_a_sample_that_scores_as_right(name: str, tmp_path: Path) 
         assert right == 0.0 < wrong
     else:
         assert right > wrong
-        # BLEU of a single word is smoothed.
-        assert right == 1.0 or benchmark.metric == "bleu"
+        assert right == pytest.approx(100.0 if benchmark.metric == "bleu" else 1.0)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -240,7 +66,8 @@ def test_a_missing_field_is_named_with_file_and_row(name: str, tmp_path: Path) -
     with pytest.raises(DataError) as caught:
         make_benchmark(name, source, tmp_path / "out", tokenizer=small_tokenizer())
     message = str(caught.value)
-    for part in (source.name, "row 1", NEEDED[name]):
+    file = "1092771.LOFI.bpm" if name == "giantsteps" else source.name
+    for part in (file, "row 1", NEEDED[name]):
         assert part in message, message
     assert not (tmp_path / "out").exists()
 
@@ -286,6 +113,71 @@ def test_nothing_is_overwritten_or_guessed(tmp_path: Path) -> None:
     (tmp_path / "w.jsonl").write_text(json.dumps(wrong))
     with pytest.raises(DataError, match=r"w\.jsonl, row 1: answer 'grey'"):
         make_benchmark("mmau", tmp_path / "w.jsonl", tmp_path / "new", tokenizer=tokenizer)
+
+
+def refusal(name: str, folder: Path, **changed: Any) -> str:
+    """What is said of a row with other values in it."""
+    folder.mkdir()
+    source = lay_out(folder, name, {**ROWS[name][0], **changed})
+    with pytest.raises(DataError) as caught:
+        make_benchmark(name, source, folder / "out", tokenizer=small_tokenizer())
+    return str(caught.value)
+
+
+def test_values_that_fit_no_benchmark_are_named(tmp_path: Path) -> None:
+    changes: list[tuple[str, dict[str, Any], str]] = [
+        ("giantsteps", {"tempo": "0.0"}, "no tempo"),
+        ("giantsteps", {"tempo": "fast"}, "no number"),
+        ("mmbench", {"answer": "C"}, "none of AB"),
+        ("mmbench", {"image": "12"}, "another row"),
+        ("mmbench", {"image": "no picture!"}, "no base64"),
+        ("mmbench", {"B": ""}, "'A' or 'B' is missing"),
+        ("muirbench", {"image_list": [PICTURE]}, "2 places for 1 pictures"),
+        ("muirbench", {"image_list": "a.png"}, "no list"),
+        ("mmmu_pro", {"options": "A or B"}, "'options' is no list"),
+        ("mathvista", {"answer": "grey"}, "none of"),
+        ("egoschema", {"answer": "2"}, "no number of an option"),
+        ("math", {"solution": "It is \\boxed{1"}, "no \\boxed"),
+        ("mmlu_redux", {"answer": 4}, "no number of a choice"),
+    ]
+    for number, (name, changed, said) in enumerate(changes):
+        message = refusal(name, tmp_path / str(number), **changed)
+        assert said in message, message
+        assert "row 1" in message, message
+
+
+def test_pictures_stand_where_the_text_has_their_places(tmp_path: Path) -> None:
+    source = lay_out(tmp_path, "muirbench", ROWS["muirbench"][0])
+    (row,) = read_rows(source)
+    content = BENCHMARKS["muirbench"].convert(row).content
+    shapes = [item if isinstance(item, str) else item[0].name for item in content]
+    assert shapes[:4] == ["image", "Like?\nA. ", "image", shapes[3]]
+    assert shapes[3].startswith("\nB. none")
+
+
+def test_open_questions_of_sets_that_also_have_choices(tmp_path: Path) -> None:
+    def converted(name: str, **changed: Any) -> Any:
+        values = {**ROWS[name][0], **changed}
+        return BENCHMARKS[name].convert(Row("f", 1, values, tmp_path))
+
+    free = {"question_type": "free_form", "choices": None, "answer": "1.5"}
+    asked = converted("mathvista", **free, unit="cm", precision=1.0)
+    assert asked.references == ["1.5"]
+    assert "Unit: cm." in asked.content[1]
+    assert "1 decimal places" in asked.content[1]
+    closed = converted("mathvision", options=FOUR, answer="B")
+    assert closed.references == ["B", "blue"]
+
+
+def test_a_tsv_has_quotes_only_where_its_benchmark_says(tmp_path: Path) -> None:
+    file = tmp_path / "a.tsv"
+    long = "x" * 200_000
+    file.write_text(f'image\ttext\n{long}\t"He said\n""no"""\n')
+    (row,) = read_rows(file, quoted=True)
+    assert (len(row.text("image")), row.text("text")) == (200_000, 'He said\n"no"')
+    file.write_text('text\n"Go" he said\n')
+    (row,) = read_rows(file)
+    assert row.text("text") == '"Go" he said'
 
 
 def test_the_command_says_how_to_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
