@@ -1,8 +1,8 @@
 """Rows of a benchmark's files: JSON, JSON Lines, CSV, TSV, Parquet, LibriSpeech, `datasets`.
 
-A JSON file is a list of rows, or an object with the list under `data`. A directory is what
-`datasets` saved, Parquet files, LibriSpeech's tree of `*.trans.txt`, or that of GiantSteps with
-`annotations/giantsteps/*.bpm`.
+A JSON file is a list of rows, an object with the list under `data`, or WenetSpeech's: recordings
+under `audios`, rows under the `segments` of each. A directory is what `datasets` saved, Parquet
+files, LibriSpeech's tree of `*.trans.txt`, or GiantSteps' with `annotations/giantsteps/*.bpm`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def read_rows(
     Args:
         path: what the benchmark's owner gives out.
         root: directory of the media; that of the file where left out.
-        split: of a saved `DatasetDict`.
+        split: of a saved `DatasetDict`, or one of WenetSpeech's `subsets`.
         quoted: whether texts of a TSV stand in quotes where they hold tabs or several lines.
 
     Raises:
@@ -38,7 +38,7 @@ def read_rows(
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or directory")
     home = root or (path if path.is_dir() else path.parent)
-    found = _of_directory(path, split) if path.is_dir() else _of_file(path, quoted)
+    found = _of_directory(path, split) if path.is_dir() else _of_file(path, split, quoted)
     for file, number, values in found:
         if not isinstance(values, dict):
             raise DataError("corrupt_source", f"{file}, row {number}: {values!r} is no row")
@@ -54,7 +54,7 @@ _MAX_FIELD = 2**31 - 1
 Found = Iterator[tuple[str, int, Any]]
 
 
-def _of_file(path: Path, quoted: bool) -> Found:
+def _of_file(path: Path, split: str, quoted: bool) -> Found:
     suffix = path.suffix.lower()
     if suffix == ".jsonl":
         with path.open(encoding="utf-8") as file:
@@ -63,6 +63,9 @@ def _of_file(path: Path, quoted: bool) -> Found:
                     yield path.name, number, _parsed(line, path.name, number)
     elif suffix == ".json":
         rows = _parsed(path.read_text(encoding="utf-8"), path.name, 1)
+        if isinstance(rows, dict) and isinstance(rows.get("audios"), list):
+            yield from _of_recordings(path.name, rows["audios"], split)
+            return
         if isinstance(rows, dict):
             rows = rows.get("data")
         if not isinstance(rows, list):
@@ -91,6 +94,18 @@ def _of_table(path: Path, delimiter: str, quoted: bool) -> Found:
                 yield path.name, number, values
         except csv.Error as error:
             raise DataError("corrupt_source", f"{path.name}, row {number + 1}: {error}") from error
+
+
+def _of_recordings(file: str, recordings: list[Any], subset: str) -> Found:
+    number = 0
+    for recording in recordings:
+        segments = recording.get("segments") if isinstance(recording, dict) else None
+        if not isinstance(segments, list) or not all(isinstance(one, dict) for one in segments):
+            raise DataError("corrupt_source", f"{file}, row {number + 1}: no list of `segments`")
+        for segment in segments:
+            number += 1
+            if not subset or subset in (segment.get("subsets") or []):
+                yield file, number, {"path": recording.get("path"), **segment}
 
 
 def _of_annotations(files: list[Path], folder: Path) -> Found:

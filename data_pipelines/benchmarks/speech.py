@@ -6,6 +6,10 @@ VoxPopuli as datasets with a column of sound.
 
 from __future__ import annotations
 
+import io
+
+import soundfile
+
 from data_pipelines.benchmarks.base import Question, Row
 from omni_train.data.types import MediaKind
 
@@ -34,12 +38,36 @@ def voxpopuli(row: Row) -> Question:
 
 
 def wenetspeech(row: Row) -> Question:
-    """`sid` and `text` of a segment of Test_Net or Test_Meeting, and `audio`, its sound.
+    """`path` of a recording, `begin_time` and `end_time` (seconds), `text` and `sid`.
 
-    The owner's JSON has `begin_time` and `end_time` in a long recording: cut it first.
+    A segment of the owner's `WenetSpeech.json`; `--split` is one of its `subsets`. The segment is
+    cut out of the long recording.
     """
-    row.text("sid")
-    return _transcript(row.get("audio"), row.text("text"))
+    name = f"{row.text('sid')}.flac"
+    return _transcript({"bytes": _segment(row), "path": name}, row.text("text"))
+
+
+def _segment(row: Row) -> bytes:
+    path = row.root / row.text("path")
+    times = [row.get(name) for name in ("begin_time", "end_time")]
+    if not all(isinstance(time, int | float) for time in times) or not 0 <= times[0] < times[1]:
+        raise row.wrong("bad_field", f"fields 'begin_time' and 'end_time' are {times}")
+    if not path.is_file():
+        raise row.wrong("missing_media", f"there is no file {row.text('path')}")
+    try:
+        with soundfile.SoundFile(path) as recording:
+            rate = recording.samplerate
+            first, last = (round(time * rate) for time in times)
+            recording.seek(min(first, recording.frames))
+            samples = recording.read(last - first)
+    except soundfile.LibsndfileError as error:
+        raise row.wrong("bad_media", f"{row.text('path')}: {error}") from error
+    # Times are rounded, so the last segment may end a little behind the recording.
+    if len(samples) < (last - first) // 2:
+        raise row.wrong("bad_field", f"fields 'begin_time' and 'end_time' are {times}: no sound")
+    sink = io.BytesIO()
+    soundfile.write(sink, samples, rate, format="FLAC")
+    return sink.getvalue()
 
 
 def covost2(row: Row) -> Question:

@@ -37,8 +37,9 @@ ROWS: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "fleurs_zh": ({"audio": SOUND, "transcription": "\u4f60\u597d"}, [], "\u4f60\u597d"),
     "voxpopuli": ({"audio": SOUND, "normalized_text": "go", "raw_text": "Go."}, [], "go"),
     "wenetspeech": (
-        {"sid": "S1", "begin_time": 0.1, "end_time": 0.4, "text": "\u4f60\u597d", "audio": SOUND},
-        [],
+        {"sid": "Y1_S0", "begin_time": 0.1, "end_time": 0.25, "text": "\u4f60\u597d"}
+        | {"confidence": 1.0, "subsets": ["TEST_NET"], "path": "audio/Y1.opus"},
+        ["audio/Y1.opus"],
         "\u4f60\u597d",
     ),
     "covost2": (
@@ -283,7 +284,8 @@ BYTES = {
 def sound_file(suffix: str) -> bytes:
     """A real sound in the container of the suffix."""
     sink = io.BytesIO()
-    soundfile.write(sink, tone(0.3, 16_000), 16_000, format=suffix.lstrip(".").upper())
+    kind = {".opus": ("OGG", "OPUS")}.get(suffix, (suffix.lstrip(".").upper(), None))
+    soundfile.write(sink, tone(0.3, 16_000), 16_000, format=kind[0], subtype=kind[1])
     return sink.getvalue()
 
 
@@ -305,6 +307,12 @@ def lay_out(folder: Path, name: str, row: dict[str, Any]) -> Path:
             path.write_bytes(picture_file(path.suffix))
         else:
             path.write_bytes(sound_file(path.suffix))
+    if name == "wenetspeech":
+        segment = {key: value for key, value in row.items() if key != "path"}
+        recording = {"aid": "Y1", "path": row["path"], "duration": 0.3, "segments": [segment]}
+        file = folder / "WenetSpeech.json"
+        file.write_text(json.dumps({"audios": [recording]}))
+        return file
     if name == "giantsteps":
         file = folder / "annotations/giantsteps/1092771.LOFI.bpm"
         file.parent.mkdir(parents=True)

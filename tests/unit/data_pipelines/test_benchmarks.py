@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+import soundfile
 
 from data_pipelines.benchmarks.base import Row
 from data_pipelines.benchmarks.make import make_benchmark
@@ -126,6 +128,9 @@ def refusal(name: str, folder: Path, **changed: Any) -> str:
 
 def test_values_that_fit_no_benchmark_are_named(tmp_path: Path) -> None:
     changes: list[tuple[str, dict[str, Any], str]] = [
+        ("wenetspeech", {"end_time": 0.1}, "'begin_time' and 'end_time'"),
+        ("wenetspeech", {"begin_time": 5.0, "end_time": 6.0}, "no sound"),
+        ("wenetspeech", {"path": "gone.opus"}, "no file gone.opus"),
         ("giantsteps", {"tempo": "0.0"}, "no tempo"),
         ("giantsteps", {"tempo": "fast"}, "no number"),
         ("mmbench", {"answer": "C"}, "none of AB"),
@@ -144,6 +149,19 @@ def test_values_that_fit_no_benchmark_are_named(tmp_path: Path) -> None:
         message = refusal(name, tmp_path / str(number), **changed)
         assert said in message, message
         assert "row 1" in message, message
+
+
+def test_a_segment_is_cut_out_of_its_recording(tmp_path: Path) -> None:
+    row, _, _ = ROWS["wenetspeech"]
+    source = lay_out(tmp_path, "wenetspeech", row)
+    assert list(read_rows(source, split="TEST_MEETING")) == []
+    (found,) = read_rows(source, split="TEST_NET")
+    _, sound = BENCHMARKS["wenetspeech"].convert(found).content[0]
+    samples, rate = soundfile.read(io.BytesIO(sound["bytes"]))
+    assert len(samples) / rate == pytest.approx(0.15, abs=0.001)
+    source.write_text(json.dumps({"audios": [{"path": "a.opus"}]}))
+    with pytest.raises(DataError, match=r"WenetSpeech\.json, row 1: no list of `segments`"):
+        list(read_rows(source))
 
 
 def test_pictures_stand_where_the_text_has_their_places(tmp_path: Path) -> None:
