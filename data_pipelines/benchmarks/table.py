@@ -1,7 +1,8 @@
 """The benchmarks that have a converter, and how `evaluate` is told to score each.
 
-Names of fields are those that the owners document; where a set comes in several layouts, the one
-that is read stands in the converter's docstring.
+Names of fields are those that the owners document, and for RefCOCO, MME and EgoSchema those of
+lmms-lab's copies; where a set comes in several layouts, the one that is read stands in the
+converter's docstring.
 """
 
 from __future__ import annotations
