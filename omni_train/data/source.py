@@ -302,14 +302,9 @@ class ShardSource(ShardSet):
         return totals, sum(sums.values()) / max(used, 1)
 
     def _leave_out(self, number: int, seen: set[str]) -> None:
-        """Note which rows of a shard filters and skip list leave out, and count them by reason."""
+        """Note which rows of a shard are left out, and count them by reason."""
         table = self._columns(number)
-        named = self._skip.get(self.manifest.shards[number].name, {})
-        listed = pc.is_in(table.column("key"), pa.array(named, pa.string())).to_numpy()
-        reasons = np.full(table.num_rows, SKIP_LISTED, dtype=np.object_)
-        rest = table.filter(pa.array(~listed)) if listed.any() else table
-        reasons[~listed] = decide(rest, self._config.filters, seen=seen)
-        self._refuse(table, reasons)
+        reasons = self._reasons(number, table, seen)
         self._dropped[number] = np.flatnonzero(reasons != "")
         for reason, more in count(table, reasons).items():
             if reason:
@@ -317,5 +312,11 @@ class ShardSource(ShardSet):
                 samples, hours = so_far.samples + more.samples, so_far.hours + more.hours
                 self.left_out[reason] = Counted(samples, hours)
 
-    def _refuse(self, table: pa.Table, reasons: NDArray[np.object_]) -> None:
-        """Give the rows without a reason that a stage cannot use one; here it can use all."""
+    def _reasons(self, number: int, table: pa.Table, seen: set[str]) -> NDArray[np.object_]:
+        """Why each row of a shard is left out, by filter or skip list; empty for what is kept."""
+        named = self._skip.get(self.manifest.shards[number].name, {})
+        listed = pc.is_in(table.column("key"), pa.array(named, pa.string())).to_numpy()
+        reasons = np.full(table.num_rows, SKIP_LISTED, dtype=np.object_)
+        rest = table.filter(pa.array(~listed)) if listed.any() else table
+        reasons[~listed] = decide(rest, self._config.filters, seen=seen)
+        return reasons

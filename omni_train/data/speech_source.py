@@ -187,7 +187,9 @@ class SpeechSource(ShardSource):
     def _decides(self, number: int) -> bool:
         return True
 
-    def _refuse(self, table: pa.Table, reasons: NDArray[np.object_]) -> None:
+    def _reasons(self, number: int, table: pa.Table, seen: set[str]) -> NDArray[np.object_]:
+        """Besides: rows without codes, and speakers with too few replies to give a reference."""
+        reasons = super()._reasons(number, table, seen)
         spoken = _spoken_of(table)
         reasons[(reasons == "") & (spoken.num_codes == 0)] = NO_CODES
         if self._continued:
@@ -196,6 +198,7 @@ class SpeechSource(ShardSource):
             for row in kept.tolist():
                 if len(others.get(spoken.speakers[row], ())) < _LEAST_REPLIES:
                     reasons[row] = NO_REFERENCE
+        return reasons
 
     def _survey(self) -> tuple[list[int], float]:
         found = super()._survey()

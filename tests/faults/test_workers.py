@@ -62,8 +62,8 @@ def nothing_left() -> Iterator[None]:
 def test_a_worker_that_dies_is_named_at_once(
     work: tuple[str, int], code: ExitCode, said: str
 ) -> None:
-    # The other worker is busy for long: nobody waits for it. Whether the first result arrives before
-    # the news of the death is up to the two workers.
+    # The other worker is busy for long: nobody waits for it. Whether the first result arrives
+    # before the news of the death is up to the two workers.
     started = time.monotonic()
     with prefetcher() as made, pytest.raises(RunError, match=said) as caught:
         list(results(made, ("ok", 1), ("sleep", BUSY_S), work))
