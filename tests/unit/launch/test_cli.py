@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -25,24 +24,46 @@ def start(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def cpu_seconds(*arguments: str) -> float:
+    """Processor time of a command; unlike the wall's, it does not grow with what else runs."""
+    command = [sys.executable, "-m", "launch", *arguments]
+    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL) as process:
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return used.ru_utime + used.ru_stime
+
+
+def commands() -> list[str]:
+    (choices,) = (a.choices for a in cli.build_parser()._actions if a.dest == "command")
+    return list(choices or ())
+
+
 def test_help_answers_in_half_a_second() -> None:
-    times = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        done = start("--help")
-        times.append(time.perf_counter() - begun)
-        assert done.returncode == 0
-    assert min(times) < 0.5, times
+    for words in [[], *([name] for name in commands())]:
+        # The first one may compile, and a stolen core counts as used.
+        assert any(cpu_seconds(*words, "--help") < 0.5 for _ in range(3)), words
 
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys\nfrom launch import cli\n"
-        "try: cli.main(['train', '--help'])\nexcept SystemExit: pass\n"
-        "heavy = {'torch', 'hydra', 'transformers', 'rich', 'yaml'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+        "import contextlib, io, json, sys\nfrom launch import cli\n"
+        "for name in sys.argv[1:]:\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        "        cli.main([name, '--help'])\n"
+        "print(json.dumps(sorted(sys.modules)))"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True, capture_output=True)
+    names = commands()
+    assert {"train", "launch", "track", "doctor"} <= set(names)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *names], cwd=REPO, check=True, capture_output=True, text=True
+    )
+    loaded = {name.partition(".")[0] for name in json.loads(done.stdout)}
+    assert {"launch", "argparse"} <= loaded
+    assert not loaded & {
+        *("torch", "transformers", "deepspeed", "trl", "datasets", "wandb", "tensorboard"),
+        *("hydra", "omegaconf", "yaml", "rich", "numpy", "pyarrow", "av"),
+    }
 
 
 @pytest.mark.parametrize(
