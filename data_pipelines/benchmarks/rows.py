@@ -85,11 +85,12 @@ def _of_file(path: Path, split: str, quoted: bool) -> Found:
 def _of_table(path: Path, delimiter: str, quoted: bool) -> Found:
     # A picture in base64 is longer than a field of this module may be at first.
     csv.field_size_limit(_MAX_FIELD)
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     number = 0
     with path.open(encoding="utf-8", newline="") as file:
         try:
-            for values in csv.DictReader(file, delimiter=delimiter, quoting=quoting):
+            for values in csv.DictReader(
+                file, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+            ):
                 number += 1
                 yield path.name, number, values
         except csv.Error as error:
