@@ -1,7 +1,8 @@
 """`omni-train runs`: which runs there are, how one went, how two differ, what may be deleted.
 
-A run is a directory with `events.jsonl`. Everything is read from what the run itself wrote; nothing
-is kept beside it. Following a run is runs_tail.py.
+A run is a directory with `events.jsonl`, or one that was sent to SLURM and has not begun. All is
+read from what the run itself wrote, and from SLURM; nothing is kept beside it. Following a run is
+runs_tail.py.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.failures import guarded
 from omni_train.config.errors import ConfigError
 from omni_train.engine.exit_codes import ExitCode
 from omni_train.engine.lock import living_owner
 from omni_train.tracking.events import read_jsonl, read_steps
+
+if TYPE_CHECKING:
+    from launch.slurm_state import JobState
 
 # How far below the given directory runs are looked for.
 _DEPTH = 4
@@ -32,9 +36,11 @@ class RunRow:
 
     Args:
         path: of its directory. stage: of the recipe.
-        status: running, done, failed, preempted; died where it says running and nobody owns it.
+        status: running, done, failed, preempted; died where it says running and nobody owns it, or
+            its job is over; sent where its job has not begun.
         step, max_steps: done, and to be done. loss, tokens_per_s: of the last step.
         ranks: processes. exit_code, reason: how it ended. changed: seconds since the last event.
+        job: number, state and reason of its job; empty where it was not sent to SLURM.
     """
 
     path: str
@@ -47,7 +53,8 @@ class RunRow:
     ranks: int | None
     exit_code: int | None
     reason: str
-    changed: float
+    changed: float | None
+    job: str
 
 
 def add_runs(command: argparse.ArgumentParser) -> None:
@@ -113,15 +120,29 @@ def find_runs(root: Path) -> list[Path]:
 def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
     if (folder / "events.jsonl").is_file():
         yield folder
-    elif depth:
+        return
+    if (folder / "job.json").is_file() and _sent(folder):
+        yield folder  # the runs of an array lie below it
+    if depth:
         for child in folder.iterdir():
             if child.is_dir() and not child.is_symlink():
                 yield from _runs_below(child, depth - 1)
 
 
-def existing_run(path: Path) -> Path:
-    """Return the path of a run, or raise FileNotFoundError with what is missing."""
-    if not (path / "events.jsonl").is_file():
+def _sent(folder: Path) -> bool:
+    from launch.slurm_state import job_number  # late: help must be quick
+
+    return bool(job_number(folder))
+
+
+def existing_run(path: Path, *, begun: bool = True) -> Path:
+    """Return the path of a run, or raise FileNotFoundError with what is missing.
+
+    Args:
+        path: of its directory.
+        begun: whether one that was only sent to SLURM is none yet.
+    """
+    if not (path / "events.jsonl").is_file() and (begun or not _sent(path)):
         raise FileNotFoundError(2, "no run there (it has no events.jsonl)", str(path))
     return path
 
@@ -135,25 +156,31 @@ def read_state(run: Path) -> dict[str, Any]:
     return state if isinstance(state, dict) else {}
 
 
-def status_of(run: Path, state: dict[str, Any]) -> str:
+def status_of(run: Path, state: dict[str, Any], job: JobState | None = None) -> str:
     """Return the status; a run that says it is running and that nobody owns has died."""
-    status = str(state.get("status", "unknown"))
-    return "died" if status == "running" and not living_owner(run / "lock") else status
+    status = str(state.get("status", "unknown" if job is None else "sent"))
+    gone = (job is not None and job.over) or not living_owner(run / "lock")
+    return "died" if status == "running" and gone else status
 
 
-def describe_run(run: Path) -> RunRow:
-    """Read a run's line."""
-    state = read_state(run)
+def describe_run(run: Path, job: JobState | None = None) -> RunRow:
+    """Read a run's line.
+
+    Args:
+        run: its directory.
+        job: what SLURM says of it; None where it was not sent there.
+    """
+    state, log = read_state(run), run / "events.jsonl"
     started: dict[str, Any] = {}
-    for event in read_jsonl(run / "events.jsonl"):
+    for event in read_jsonl(log):
         if event.get("kind") in {"run_start", "run_resume", "fit_start"}:
             started |= event
-    steps = read_steps(run / "events.jsonl")
+    steps = read_steps(log)
     last = steps[-1] if steps else {}
     return RunRow(
         path=str(run),
         stage=str(state.get("stage") or started.get("stage", "")),
-        status=status_of(run, state),
+        status=status_of(run, state, job),
         step=int(last.get("step", state.get("step", 0))),
         max_steps=started.get("max_steps"),
         loss=None if "loss" not in last else float(last["loss"]),
@@ -161,12 +188,20 @@ def describe_run(run: Path) -> RunRow:
         ranks=started.get("ranks"),
         exit_code=state.get("exit_code"),
         reason=str(state.get("reason", "")),
-        changed=round(time.time() - (run / "events.jsonl").stat().st_mtime, 1),
+        changed=round(time.time() - log.stat().st_mtime, 1) if log.exists() else None,
+        job="" if job is None else str(job),
     )
 
 
+def _described(runs: list[Path]) -> list[RunRow]:
+    from launch.slurm_state import job_states
+
+    jobs = job_states(runs)
+    return [describe_run(run, jobs.get(run)) for run in runs]
+
+
 def _list(root: Path, *, as_json: bool) -> int:
-    rows = [describe_run(run) for run in find_runs(root)]
+    rows = _described(find_runs(root))
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
         return int(ExitCode.done)
@@ -177,7 +212,7 @@ def _list(root: Path, *, as_json: bool) -> int:
 
 
 def _show(run: Path, *, as_json: bool) -> int:
-    row = describe_run(existing_run(run))
+    (row,) = _described([existing_run(run, begun=False)])
     events = list(read_jsonl(run / "events.jsonl"))
     counts: dict[str, int] = {}
     for event in events:

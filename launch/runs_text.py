@@ -29,7 +29,7 @@ def print_list(rows: list[RunRow], root: Path) -> None:
     table = Table(show_edge=False, pad_edge=False, box=None, header_style="bold")
     table.add_column("run", overflow="fold")
     table.add_column("status", no_wrap=True)
-    for name in ("step", "loss", "tok/s", "ranks", "last"):
+    for name in ("step", "loss", "tok/s", "ranks", "last event"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         place = Path(row.path)
@@ -42,12 +42,13 @@ def print_list(rows: list[RunRow], root: Path) -> None:
             "" if row.loss is None else f"{row.loss:.4g}",
             "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}",
             "" if row.ranks is None else str(row.ranks),
-            ago(row.changed),
+            "" if row.changed is None else ago(row.changed),
         )
     out.print(table)
     for row in rows:
-        if row.reason:
-            out.print(Text(f"{row.path}: {row.reason}"), soft_wrap=True)
+        said = [row.reason, f"job {row.job}" if row.job and row.status != "done" else ""]
+        if any(said):
+            out.print(Text(f"{row.path}: {'; '.join(filter(None, said))}"), soft_wrap=True)
 
 
 def print_run(values: dict[str, Any]) -> None:
@@ -63,16 +64,18 @@ def print_run(values: dict[str, Any]) -> None:
         "status": values["status"],
         "exit code": values["exit_code"],
         "reason": values["reason"],
-        "steps": steps,
+        "steps": steps if values["events"] else "",
         "loss": values["loss"],
         "tokens/s": values["tokens_per_s"],
         "ranks": values["ranks"],
-        "time": f"{values['seconds']:,.0f} s",
-        "last event": f"{ago(values['changed'])} ago",
+        "time": f"{values['seconds']:,.0f} s" if values["events"] else "",
+        "job": values["job"],
+        "last event": "" if values["changed"] is None else f"{ago(values['changed'])} ago",
         "checkpoints": ", ".join(values["checkpoints"]),
         "incomplete": ", ".join(values["incomplete"]),
         "events": _counts(values["events"]),
-        "ledger": _counts(values["ledger"]) or "no sample was left out",
+        "ledger": _counts(values["ledger"])
+        or ("no sample was left out" if values["events"] else ""),
         "versions": ", ".join(f"{name} {number}" for name, number in values["versions"].items()),
     }
     for name, value in lines.items():

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from launch.cli import main
 from launch.cluster import ClusterConfig
 from launch.local import child_environment
 from launch.slurm import StageJob, submit
@@ -134,35 +135,50 @@ def test_a_preempted_job_has_the_losses_of_an_uninterrupted_run(
     assert "already done" in (whole / f"slurm-{again}.out").read_text()
 
 
-@pytest.mark.slow
-def test_a_chain_runs_by_dependencies_and_stops_where_a_stage_fails(
-    slurm: Slurm, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for key, value in {**child_environment(), **slurm.environment}.items():
-        monkeypatch.setenv(key, value)
+def chain_of_five(corpus: Path, root: Path) -> list[StageJob]:
+    """Three stages that end well, one that starts from nothing, and one that waits for it."""
     tokenizer = f"model.tokenizer='{corpus}/tokenizer'"
     short = [tokenizer, "fit.max_steps=2", "tracking.wandb=false"]
     audio = ["experiment=stage1_audio/debug", f"data.sources.asr.path='{corpus}/train/asr'"]
 
     def job(name: str, recipe: str, words: list[str], *after: str) -> StageJob:
-        return StageJob(name, recipe, [*words, *short], tmp_path / name, after)
+        return StageJob(name, recipe, [*words, *short], root / name, after)
 
     text = ["experiment=text_lm/debug", f"data.sources.text.path='{corpus}/train/text'"]
-    adapter = [*audio, "phase=adapter", f"model.init_from='{tmp_path}/one'"]
-    encoder = [*audio, "phase=encoder", f"model.init_from='{tmp_path}/two'"]
-    missing = [*audio, "phase=encoder", f"model.init_from='{tmp_path}/nothing'"]
+    adapter = [*audio, "phase=adapter", f"model.init_from='{root}/one'"]
+    encoder = [*audio, "phase=encoder", f"model.init_from='{root}/two'"]
+    missing = [*audio, "phase=encoder", f"model.init_from='{root}/nothing'"]
+    return [
+        job("one", "text_lm", text),
+        job("two", "stage1_audio", adapter, "one"),
+        job("three", "stage1_audio", encoder, "two"),
+        job("broken", "stage1_audio", missing, "three"),
+        job("never", "stage1_audio", encoder, "broken"),
+    ]
+
+
+@pytest.mark.slow
+def test_a_chain_runs_by_dependencies_and_stops_where_a_stage_fails(
+    slurm: Slurm,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for key, value in {**child_environment(), **slurm.environment}.items():
+        monkeypatch.setenv(key, value)
+
+    def listed() -> dict[str, dict[str, Any]]:
+        capsys.readouterr()
+        assert main(["runs", "list", str(tmp_path), "--json"]) == 0
+        return {Path(row["path"]).name: row for row in json.loads(capsys.readouterr().out)}
+
     size = ClusterConfig(nodes=1, gpus_per_node=0, lead_s=60)
-    numbers = submit(
-        [
-            job("one", "text_lm", text),
-            job("two", "stage1_audio", adapter, "one"),
-            job("three", "stage1_audio", encoder, "two"),
-            job("broken", "stage1_audio", missing, "three"),
-            job("never", "stage1_audio", encoder, "broken"),
-        ],
-        size,
-    )
+    numbers = submit(chain_of_five(corpus, tmp_path), size)
     assert slurm.state(numbers["three"]) == "PENDING"
+    waiting = listed()["three"]
+    assert (waiting["status"], waiting["step"]) == ("sent", 0)
+    assert waiting["job"] == f"{numbers['three']} PENDING (Dependency)"
     ends = {
         name: slurm.wait(number, "COMPLETED", "FAILED", "CANCELLED", limit_s=500)
         for name, number in numbers.items()
@@ -181,3 +197,12 @@ def test_a_chain_runs_by_dependencies_and_stops_where_a_stage_fails(
     assert state["status"] == "failed"
     assert "nothing" in state["reason"]
     assert not (tmp_path / "never" / "events.jsonl").exists()
+    rows = listed()
+    assert list(rows) == sorted(numbers)
+    assert rows["three"]["job"] == f"{numbers['three']} COMPLETED"
+    assert rows["broken"]["reason"] == state["reason"]
+    assert f"{numbers['broken']} FAILED" in rows["broken"]["job"]
+    assert (rows["never"]["status"], rows["never"]["reason"]) == ("sent", "")
+    assert f"{numbers['never']} CANCELLED" in rows["never"]["job"]
+    assert main(["runs", "list", str(tmp_path)]) == 0
+    assert state["reason"] in capsys.readouterr().out

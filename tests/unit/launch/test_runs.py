@@ -199,3 +199,52 @@ def test_mistakes_are_answered(
 ) -> None:
     assert main(argv) == code
     assert said in capsys.readouterr().err
+
+
+def test_what_slurm_says_of_a_job_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """squeue and sacct as scripts that print what the real ones do (tests/e2e has those)."""
+    root, programs = tmp_path / "runs", tmp_path / "bin"
+    make_run(root / "lost", status="running")
+    make_run(root / "old")
+    for name, number in (("lost", 7), ("old", 3), ("next", 8), ("sweep", 9)):
+        (root / name).mkdir(exist_ok=True)
+        (root / name / "job.json").write_text(json.dumps({"target": "slurm", "job": str(number)}))
+    (root / "ranking").mkdir()
+    (root / "ranking" / "job.json").write_text('{"by": "another file of that name"}')
+    make_run(root / "sweep" / "0")
+    said = {
+        "squeue": [
+            f"7|NODE_FAIL|None|{root}/lost",
+            f"8|PENDING|Dependency|{root}/next",
+            f"9|RUNNING|None|{root}/sweep",
+            f"9|RUNNING|None|{root}/sweep",
+            f"9|PENDING|Resources|{root}/sweep",
+            "3|FAILED|NonZeroExitCode|/another/cluster",
+        ],
+        "sacct": [f"3|COMPLETED|None|{root}/old"],
+    }
+    programs.mkdir()
+    for name, lines in said.items():
+        program = programs / name
+        program.write_text("#!/bin/sh\ncat <<END\n{}\nEND\n".format("\n".join(lines)))
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    assert main(["runs", "list", str(root), "--json"]) == 0
+    rows = {Path(row["path"]).name: row for row in json.loads(capsys.readouterr().out)}
+    assert {name: (row["status"], row["job"]) for name, row in rows.items()} == {
+        "lost": ("died", "7 NODE_FAIL"),
+        "next": ("sent", "8 PENDING (Dependency)"),
+        "old": ("done", "3 COMPLETED"),
+        "sweep": ("sent", "9 2 RUNNING, 1 PENDING (Resources)"),
+        "0": ("done", ""),
+    }
+    assert main(["runs", "show", str(root / "next")]) == 0
+    assert "8 PENDING (Dependency)" in capsys.readouterr().out
+    assert main(["runs", "tail", str(root / "next")]) == 66
+    # Without SLURM the runs are what they say themselves.
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["runs", "list", str(root), "--json"]) == 0
+    rows = {Path(row["path"]).name: row for row in json.loads(capsys.readouterr().out)}
+    assert (rows["old"]["job"], rows["next"]["status"]) == ("3", "sent")
