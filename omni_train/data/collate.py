@@ -106,14 +106,14 @@ def _targets(samples: list[EncodedSample]) -> tuple[Tensor, Tensor, Tensor, list
 
 def _kinds(
     samples: list[EncodedSample], document_targets: list[int]
-) -> tuple[list[tuple[str, str]], list[int], Tensor]:
-    """Pairs of task and modality, their targets, and the pair of each target; a dummy has none."""
-    counts: dict[tuple[str, str], int] = {}
+) -> tuple[list[tuple[str, str, str]], list[int], Tensor]:
+    """Source, task and modality, their targets, and the kind of each target; a dummy has none."""
+    counts: dict[tuple[str, str, str], int] = {}
     for sample, count in zip(samples, document_targets, strict=True):
-        pair = (sample.task, sample.modality)
-        counts[pair] = counts.get(pair, 0) + count
-    kinds = list(counts) or [("", "text")]
-    of_document = torch.tensor([kinds.index((s.task, s.modality)) for s in samples])
+        kind = (sample.source, sample.task, sample.modality)
+        counts[kind] = counts.get(kind, 0) + count
+    kinds = list(counts) or [("", "", "text")]
+    of_document = torch.tensor([kinds.index((s.source, s.task, s.modality)) for s in samples])
     target_kind = torch.zeros(1, dtype=torch.long)
     if sum(document_targets):
         target_kind = of_document.repeat_interleave(torch.tensor(document_targets))

@@ -242,6 +242,7 @@ class EncodedSample:
         grid_thw: int64 [num_images + num_videos, 3], patches in time, height, width.
         mel: float32 [num_mel_bins, L], all clips of the sample one after the other.
         mel_lengths: int64 [num_audios], mel frames of each clip.
+        source: name of the source that it was planned from, for metrics; empty elsewhere.
         task: task name, for metrics.
         modality: media of the dialogue, for metrics: `text` without any, else the kinds of media
             spans in it (image, video, audio, audio_video), sorted and joined by `+`.
@@ -256,6 +257,7 @@ class EncodedSample:
     grid_thw: Tensor
     mel: Tensor
     mel_lengths: Tensor
+    source: str = ""
     task: str = ""
     modality: str = "text"
     label_weights: Tensor | None = None
@@ -329,9 +331,9 @@ class Batch:
         bad: (source, shard, key, reason) of samples that were planned but could not be used.
         document_targets: supervised tokens of each document, in order; they add up to
             `num_target_tokens`.
-        kinds: (task, modality) pairs of the documents.
-        kind_targets: supervised tokens of each pair.
-        target_kind: int64 [N], which pair a target belongs to.
+        kinds: (source, task, modality) of the documents, each once.
+        kind_targets: supervised tokens of each kind.
+        target_kind: int64 [N], which kind a target belongs to.
         vision_exchange, audio_exchange: where ranks share the pack; else None.
         pack_signature: of the whole pack, where ranks share it; it is the same on all of them.
     """
@@ -354,7 +356,7 @@ class Batch:
     audio_kwargs: dict[str, Tensor | int]
     bad: list[tuple[str, str, str, str]]
     document_targets: list[int]
-    kinds: list[tuple[str, str]]
+    kinds: list[tuple[str, str, str]]
     kind_targets: list[int]
     target_kind: Tensor
     vision_exchange: Exchange | None = None

@@ -99,7 +99,9 @@ class PackMaker:
         raw = fetch(sample.shard, sample.row, self.store)
         if sample.part is not None:
             raw = cut(raw, sample.part)
-        return encode(raw, self.tokenizer, self.config, self.spec)
+        encoded = encode(raw, self.tokenizer, self.config, self.spec)
+        encoded.source = sample.source
+        return encoded
 
     def _bad(self, sample: PlannedSample, error: Exception) -> Bad:
         """Return the entry of a sample that cannot be used; raise what is no fault of a sample."""

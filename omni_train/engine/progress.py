@@ -5,7 +5,9 @@ Reports only; what is done about a step is decided in fit.py.
 
 from __future__ import annotations
 
+import os
 import resource
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,9 +25,15 @@ from omni_train.planning.constants import known_hardware, load_hardware
 
 @dataclass(slots=True)
 class Clock:
-    """Host seconds by part of a step; on a GPU the vote waits for the device."""
+    """Host seconds by part of a step; on a GPU the vote waits for the device.
+
+    Args:
+        seconds: by name of the part.
+        cpu_begun_s: processor time of this process, threads included, when the step began.
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
+    cpu_begun_s: float = field(default_factory=time.process_time)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -94,6 +102,9 @@ def log_step(
         metrics=verdict.metrics,
         seconds={name: round(value, 6) for name, value in clock.seconds.items()},
         peak_rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        cpu_cores=round((time.process_time() - clock.cpu_begun_s) / seconds, 2),
+        load=round(os.getloadavg()[0], 2),
+        disk_free_gib=round(shutil.disk_usage(run.dir).free / 2**30, 1),
         model_flops=verdict.flops,
         **used,
         tokens_by_source=item.tokens_by_source,

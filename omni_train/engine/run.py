@@ -175,8 +175,9 @@ def start_run(
 
     Raises:
         RunError: another process owns the directory (exit code 73).
-        ConfigError: config, data or code differ from what the directory was started with.
+        ConfigError: no package for a view; or config, data or code are not the directory's.
     """
+    views = _checked(tracking or TrackingConfig(wandb=False))
     world = init_distributed()
     run_dir = Path(config.dir).absolute()
     lock = RunLock(run_dir / "lock")
@@ -206,11 +207,20 @@ def start_run(
             run.write_state("done", exit_code=int(ExitCode.done), reason="")
         finally:
             if run.is_main:
-                _write_views(run, settings, tracking or TrackingConfig(wandb=False))
+                _write_views(run, settings, views)
             lock.release()
             for handler in handlers:
                 log.removeHandler(handler)
                 handler.close()
+
+
+def _checked(tracking: TrackingConfig) -> TrackingConfig:
+    """Refuse a view that cannot be written here, before anything is trained."""
+    if tracking.tensorboard:
+        from omni_train.tracking.tensorboard_view import check_installed
+
+        check_installed()
+    return tracking
 
 
 def _on_main(world: World, action: Any) -> None:
@@ -305,14 +315,26 @@ def _failed(run: Run, error: BaseException) -> None:
 
 def _write_views(run: Run, settings: object, tracking: TrackingConfig) -> None:
     """Write the views; a view that fails is reported and costs the run nothing."""
-    if tracking.wandb and run._events is not None:
-        try:
-            from omni_train.tracking.wandb_view import write_wandb
 
-            write_wandb(run.dir, project=tracking.project, config=redact(plain(settings)))
+    def wandb() -> None:
+        from omni_train.tracking.wandb_view import write_wandb
+
+        write_wandb(run.dir, project=tracking.project, config=redact(plain(settings)))
+
+    def tensorboard() -> None:
+        from omni_train.tracking.tensorboard_view import write_tensorboard
+
+        write_tensorboard(run.dir)
+
+    for view, wanted in ((wandb, tracking.wandb), (tensorboard, tracking.tensorboard)):
+        if not wanted or run._events is None:
+            continue
+        try:
+            view()
         except Exception as error:  # noqa: BLE001  a view must never harm the run
-            log.warning("no W&B view: %s: %s", type(error).__name__, error)
-            run.event("view_failed", view="wandb", reason=f"{type(error).__name__}: {error}")
+            log.warning("no %s view: %s: %s", view.__name__, type(error).__name__, error)
+            reason = f"{type(error).__name__}: {error}"
+            run.event("view_failed", view=view.__name__, reason=reason)
     for writer in (run._events, run._ledger):
         if writer is not None:
             writer.close()

@@ -1,6 +1,7 @@
 """Scores a model on held-out shards: greedy replies, or the most probable of given ones.
 
     shards -> prompt -> reply -> Answer -> scoring.py -> event, predictions-<task>.jsonl
+    first samples with their media -> kept.py -> event, samples/<task>/
 
 The reference is the last assistant turn, or `meta.references` where there are several; a closed
 question has `meta.options`, and `meta.group` names a part of the set that gets a score of its own.
@@ -28,6 +29,7 @@ from omni_train.data.types import ProcessingConfig, RawSample
 from omni_train.engine.distributed import gather_json
 from omni_train.engine.run import Run, write_text_atomically
 from omni_train.evaluation.generate import greedy
+from omni_train.evaluation.kept import keep_sample
 from omni_train.evaluation.kinds.base import Answer
 from omni_train.evaluation.kinds.choice import letters_of
 from omni_train.evaluation.likelihood import reply_logprobs
@@ -47,6 +49,7 @@ class EvaluationTask:
         max_new_tokens: longest reply.
         batch_samples: prompts decoded together.
         limit: number of samples, from the start of the index; 0 takes all.
+        keep_samples: from the start of the index, whose media are kept to be looked at.
         system: replaces every dialogue's own system text; empty leaves it.
         prompt: replaces the text beside the media of the last user turn; empty leaves it.
     """
@@ -57,6 +60,7 @@ class EvaluationTask:
     max_new_tokens: int = 64
     batch_samples: int = 16
     limit: int = 0
+    keep_samples: int = 8
     system: str = ""
     prompt: str = ""
 
@@ -115,6 +119,8 @@ def evaluate_task(
             {**asdict(q.answer), "prediction": reply, "prompt_hash": _hash(q.raw.record)}
             for q, reply in zip(questions, replies, strict=True)
         ]
+        for at, question in enumerate(questions[: max(0, task.keep_samples - number * size)]):
+            rows[at]["kept"] = keep_sample(run.dir, name, number * size + at, question.raw)
         mine.append((number, rows))
     # JSON turns the pairs into lists; batch numbers are unique, so rows are never compared.
     dealt = sorted((part for rank in gather_json(mine) for part in rank), key=lambda part: part[0])
@@ -207,6 +213,9 @@ def _finish(name: str, task: EvaluationTask, rows: list[dict[str, Any]], run: Ru
     identity = identity_of(task, [row.pop("prompt_hash") for row in rows])
     for row, value in zip(rows, scored.each, strict=True):
         row |= {"reference": row["references"][0], "score": value}
+        if kept := row.pop("kept", None):
+            said = {key: row[key] for key in ("key", "reference", "prediction", "score")}
+            run.event("sample", task=name, **said, **kept)
     if run.is_main:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_text_atomically(run.dir / f"predictions-{name}.jsonl", lines)

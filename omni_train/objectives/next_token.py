@@ -32,7 +32,7 @@ def next_token(model: nn.Module, batch: Batch) -> StepOutput:
 
 
 def _by_kind(losses: Tensor, batch: Batch) -> dict[str, tuple[Tensor, Tensor | int]]:
-    """Loss per token of each task, `loss_task/asr`, and of each modality, `loss_modality/audio`.
+    """Loss per token by source, `loss_source/libri`, by task and by modality.
 
     Args:
         losses: float32 [N].
@@ -41,10 +41,11 @@ def _by_kind(losses: Tensor, batch: Batch) -> dict[str, tuple[Tensor, Tensor | i
     sums = losses.new_zeros(len(batch.kinds)).index_add_(0, batch.target_kind, losses.detach())
     metrics: dict[str, tuple[Tensor, Tensor | int]] = {}
     none = losses.new_zeros(())
-    for (task, modality), count, total in zip(
+    for (source, task, modality), count, total in zip(
         batch.kinds, batch.kind_targets, sums.unbind(), strict=True
     ):
-        for name in (f"loss_task/{task or 'unnamed'}", f"loss_modality/{modality}"):
+        names = [f"loss_task/{task or 'unnamed'}", f"loss_modality/{modality}"]
+        for name in [f"loss_source/{source}", *names] if source else names:
             before, so_far = metrics.get(name, (none, 0))
             metrics[name] = (before + total, so_far + count)
     return metrics

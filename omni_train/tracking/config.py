@@ -10,9 +10,11 @@ class TrackingConfig:
     """Which views are written beside `events.jsonl`.
 
     Args:
-        wandb: write an offline W&B run at the end; `wandb sync` uploads it from anywhere.
+        wandb: write an offline W&B run at the end; `omni-train track sync` uploads it.
+        tensorboard: write `tensorboard/` at the end; needs the package of that name.
         project: W&B project.
     """
 
     wandb: bool = True
+    tensorboard: bool = False
     project: str = "omni-train"

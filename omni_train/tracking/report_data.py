@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from omni_train.engine.fingerprint import flatten as flatten_settings
+from omni_train.tracking.curves import flatten
 from omni_train.tracking.events import read_jsonl, read_steps
-from omni_train.tracking.wandb_view import flatten
 
 MAX_POINTS = 1000
 MAX_SOUNDS = 8

@@ -9,62 +9,52 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+import os
 import shutil
 import time
-import uuid
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import omni_train
-from omni_train.tracking.events import read_jsonl, read_steps
+from omni_train.engine.lock import living_owner
+from omni_train.tracking.curves import last_evaluations, read_curves
+from omni_train.tracking.events import read_jsonl
 from omni_train.tracking.lineage import made_by, read_by
+from omni_train.tracking.samples import Cell, MediaType, media_type, read_tables
 
 _INIT_TIMEOUT_S = 30.0
 # How long W&B's process may take to close the file, and what it logs when it has.
 _WRITE_TIMEOUT_S = 10.0
 _CLOSED = b"stream: all finished"
-# Numbers of a step event that are of no use as a curve.
-_NOT_CURVES = {"kind", "time", "step", "keys", "applied"}
+# Where W&B puts what belongs to artifacts, media of tables among it; else in the user's home.
+_DATA_DIR = "WANDB_DATA_DIR"
 
 
-def flatten(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Return the finite numbers of a nested record under `a/b` names."""
-    flat: dict[str, float] = {}
-    for key, value in record.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{name}/"))
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            flat[name] = float(value)
-    return flat
-
-
-def _evaluations(events: list[dict[str, Any]]) -> dict[str, float]:
-    """Figures of the last `evaluation` event of each task, under its name."""
-    found: dict[str, float] = {}
-    for event in events:
-        if event["kind"] == "evaluation":
-            figures = {k: v for k, v in event.items() if k not in ("time", "elapsed_s")}
-            found |= flatten(figures, f"{event['task']}/" if "task" in event else "")
-    return found
-
-
-def _audio(run_dir: Path, events: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """The waves of `audio` events by task, each with its text, what was heard, and its WER.
-
-    As a list, not a table: W&B keeps a table's media in the user's home, outside the run.
-    """
+def _cell(cell: Cell) -> Any:
+    """Return a cell as W&B shows it."""
     import wandb
 
-    # A run that was started again has its events twice.
-    kept = {(e["task"], e["wave"]): e for e in events if e["kind"] == "audio"}
-    found: dict[str, list[Any]] = {}
-    for (task, wave), event in kept.items():
-        if (run_dir / wave).is_file():
-            caption = "{text} | heard: {heard} | WER {wer:.2f} | {speaker} {key}".format(**event)
-            found.setdefault(task, []).append(wandb.Audio(str(run_dir / wave), caption=caption))
-    return found
+    if not isinstance(cell, Path):
+        return cell
+    shown = {
+        MediaType.audio: wandb.Audio,
+        MediaType.image: wandb.Image,
+        MediaType.video: lambda path: wandb.Video(path, format=Path(path).suffix[1:].lower()),
+    }
+    kind = media_type(cell)
+    return shown[kind](str(cell)) if kind else None
+
+
+def _log_tables(run: Any, run_dir: Path, events: list[dict[str, Any]]) -> None:
+    """Log the samples that the run kept: texts and numbers beside what is heard and seen."""
+    import wandb
+
+    for title, table in read_tables(run_dir, events).items():
+        rows = [[_cell(cell) for cell in row] for row in table.rows]
+        run.log({title: wandb.Table(columns=table.columns, data=rows)})
 
 
 def _log_lineage(run: Any, run_dir: Path) -> None:
@@ -85,15 +75,42 @@ def _log_lineage(run: Any, run_dir: Path) -> None:
         run.log_artifact(artifact(item))
 
 
-def _alert(run: Any, events: list[dict[str, Any]]) -> None:
+def _alert(run: Any, run_dir: Path, events: list[dict[str, Any]]) -> None:
     """Raise an alert for steps that were not finite, and for an end that was none."""
     bad = [event for event in events if event["kind"] == "non_finite"]
     if bad:
         steps = sorted({int(event["step"]) for event in bad})
         run.alert("Non-finite step", f"steps {steps}; the samples are in events.jsonl")
-    ends = [event for event in events if event["kind"] == "run_end"]
-    if ends and ends[-1]["status"] != "done":
-        run.alert(f"Run {ends[-1]['status']}", f"step {ends[-1]['step']}: {ends[-1]['reason']}")
+    spikes = sorted({int(event["step"]) for event in events if event["kind"] == "spike"})
+    if spikes:
+        run.alert("Spike", f"loss or gradient norm far above the median at steps {spikes[:20]}")
+    told = [event for event in events if event["kind"] in ("run_start", "run_resume", "run_end")]
+    if not told:
+        return
+    if told[-1]["kind"] != "run_end":
+        # Killed, or hung until it was: who starts the ranks writes down what it saw.
+        if not living_owner(run_dir / "lock"):
+            run.alert("Run died", _reason(run_dir) or "it left no end; see its logs")
+    elif told[-1]["status"] != "done":
+        run.alert(f"Run {told[-1]['status']}", f"step {told[-1]['step']}: {told[-1]['reason']}")
+
+
+def _reason(run_dir: Path) -> str:
+    path = run_dir / "state.json"
+    return str(json.loads(path.read_bytes()).get("reason", "")) if path.exists() else ""
+
+
+@contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    """Have W&B keep all of a run below `folder`."""
+    before = os.environ.pop(_DATA_DIR, None)
+    os.environ[_DATA_DIR] = str(folder.absolute() / "wandb" / "data")
+    try:
+        yield
+    finally:
+        del os.environ[_DATA_DIR]
+        if before is not None:
+            os.environ[_DATA_DIR] = before
 
 
 def _wait_written(folder: Path) -> None:
@@ -119,50 +136,62 @@ def write_wandb(run_dir: Path, *, project: str, config: dict[str, Any] | None = 
         config: settings to show, already free of secrets.
 
     Raises:
-        Exception: whatever W&B raises; the caller decides that it does not matter.
+        Exception: whatever W&B raises; the caller decides that it does not matter. What was there
+            before is then still there.
     """
+    target, before = run_dir / "wandb", run_dir / "wandb.before"
+    # W&B notes where its files lie, so the view is written where it stays.
+    if target.exists():
+        shutil.rmtree(before, ignore_errors=True)
+        target.rename(before)
+    target.mkdir()
+    try:
+        _write(run_dir, target, project, config)
+    except BaseException:
+        shutil.rmtree(target)
+        if before.exists():
+            before.rename(target)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
+    return target
+
+
+def _write(run_dir: Path, target: Path, project: str, config: dict[str, Any] | None) -> None:
     import wandb
 
     events = list(read_jsonl(run_dir / "events.jsonl"))
     start: dict[str, Any] = next((e for e in events if e["kind"] == "run_start"), {})
-    target = run_dir / "wandb"
-    staging = run_dir / f"wandb.tmp-{uuid.uuid4().hex[:8]}"
-    staging.mkdir()
-    run = wandb.init(
-        project=project,
-        dir=str(staging),
-        id=hashlib.sha256(str(start.get("run_id", run_dir.name)).encode()).hexdigest()[:12],
-        name=str(start.get("stage", run_dir.name)),
-        group=str(start.get("experiment", "")) or None,
-        job_type=str(start.get("stage", "")) or None,
-        config=config,
-        mode="offline",
-        reinit="create_new",
-        settings=wandb.Settings(
-            # Arguments, host and code stay out of the file; a token may be among them.
-            x_disable_meta=True,
-            x_disable_stats=True,
-            disable_git=True,
-            disable_code=True,
-            save_code=False,
-            console="off",
-            silent=True,
-            init_timeout=_INIT_TIMEOUT_S,
-        ),
-    )
-    try:
-        for event in read_steps(run_dir / "events.jsonl"):
-            curves = {key: value for key, value in event.items() if key not in _NOT_CURVES}
-            run.log(flatten(curves), step=int(event["step"]))
-        run.summary.update(_evaluations(events))
-        for task, waves in _audio(run_dir, events).items():
-            run.log({f"audio/{task}": waves})
-        _log_lineage(run, run_dir)
-        _alert(run, events)
-    finally:
-        run.finish()
-    _wait_written(staging)
-    if target.exists():
-        shutil.rmtree(target)
-    staging.replace(target)
-    return target
+    with _inside(target):
+        run = wandb.init(
+            project=project,
+            dir=str(target),
+            id=hashlib.sha256(str(start.get("run_id", run_dir.name)).encode()).hexdigest()[:12],
+            name=str(start.get("stage", run_dir.name)),
+            group=str(start.get("experiment", "")) or None,
+            job_type=str(start.get("stage", "")) or None,
+            config=config,
+            mode="offline",
+            reinit="create_new",
+            settings=wandb.Settings(
+                # Arguments, host and code stay out of the file; a token may be among them.
+                x_disable_meta=True,
+                # The machine's state at each step is in the events; W&B would measure now.
+                x_disable_stats=True,
+                disable_git=True,
+                disable_code=True,
+                save_code=False,
+                console="off",
+                silent=True,
+                init_timeout=_INIT_TIMEOUT_S,
+            ),
+        )
+        try:
+            for point in read_curves(events):
+                run.log(point.figures, step=point.step)
+            run.summary.update(last_evaluations(events))
+            _log_tables(run, run_dir, events)
+            _log_lineage(run, run_dir)
+            _alert(run, run_dir, events)
+        finally:
+            run.finish()
+        _wait_written(target)

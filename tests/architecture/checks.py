@@ -37,6 +37,7 @@ OPTIONAL = (
     "pocketsphinx",
     "s3fs",
     "sacrebleu",
+    "tensorboard",
     "wandb",
 )
 PICKLES = ("cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve")

@@ -17,20 +17,22 @@ def test_parts_are_those_of_their_samples() -> None:
     config, spec = small_config(tokenizer)
     model = build_thinker(config, tokenizer, seed=1, dtype=torch.float32)
     kinds = [("asr", "audio"), ("asr", "audio"), ("caption", "image"), ("", "text")]
+    sources = ["libri", "web", "web", "web"]
     samples: list[EncodedSample] = []
     for number, (task, modality) in enumerate(kinds):
         media = [] if modality == "text" else [modality]
         sample = make_sample(model.thinker, spec, media, seed=number).encoded
-        sample.task, sample.modality = task, modality
+        sample.source, sample.task, sample.modality = sources[number], task, modality
         samples.append(sample)
     samples[0].labels[:] = -100
     whole = next_token(model, collate(samples, spec))
     alone = [next_token(model, collate([sample], spec)) for sample in samples]
     assert set(whole.metrics) == {
+        *("loss_source/libri", "loss_source/web"),
         *("loss_task/asr", "loss_task/caption", "loss_task/unnamed"),
         *("loss_modality/audio", "loss_modality/image", "loss_modality/text"),
     }
-    for prefix in ("loss_task", "loss_modality"):
+    for prefix in ("loss_source", "loss_task", "loss_modality"):
         parts = [pair for name, pair in whole.metrics.items() if name.startswith(prefix)]
         assert sum(float(total) for total, _ in parts) == pytest.approx(float(whole.loss))
         assert sum(int(count) for _, count in parts) == whole.num_tokens

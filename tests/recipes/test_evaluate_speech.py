@@ -27,7 +27,7 @@ from omni_train.tracking.events import read_jsonl
 from tests.numerics.samples import small_tokenizer
 from tests.numerics.talker_models import SIZES, VOICE, make_models
 from tests.recipes.launching import finish, start
-from tests.wandb_files import wandb_bytes
+from tests.wandb_files import read_wandb
 
 OTHER = "<|speaker_2|>"
 # espeak-ng's name of each speaker's voice.
@@ -178,9 +178,11 @@ def test_kept_waves_are_those_of_the_codes_and_in_wandb(made: Path, one: Path) -
     decoded = codec.decode(torch.tensor(first["codes"]))
     # As 16-bit samples.
     torch.testing.assert_close(torch.from_numpy(wave), decoded, rtol=0, atol=1e-4)
-    logged = wandb_bytes(one / "wandb")
-    assert all(f"{text} | heard: ".encode() in logged for text in TEXTS[:KEPT])
-    assert len(list((one / "wandb").rglob("*.wav"))) == KEPT
+    shown = read_wandb(one / "wandb")
+    (columns, said) = next(iter(shown.tables.values()))
+    assert [row[columns.index("text")] for row in said] == list(TEXTS[:KEPT])
+    heard = [shown.media[row[columns.index("audio")]].read_bytes() for row in said]
+    assert heard == [(one / row["wave"]).read_bytes() for row in rows(one) if "wave" in row]
 
 
 @pytest.mark.slow

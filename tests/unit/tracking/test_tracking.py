@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -10,12 +11,18 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.cli import main
+from omni_train.config.errors import ConfigError
+from omni_train.engine.run import RunConfig, start_run
+from omni_train.tracking.config import TrackingConfig
+from omni_train.tracking.curves import flatten
 from omni_train.tracking.events import JsonlWriter, read_jsonl, read_new, read_steps
 from omni_train.tracking.lineage import made_by, read_by
-from omni_train.tracking.wandb_view import flatten, write_wandb
-from tests.wandb_files import wandb_bytes
+from omni_train.tracking.wandb_view import write_wandb
+from tests.wandb_files import read_wandb
 
 
 def write_events(folder: Path) -> None:
@@ -24,7 +31,12 @@ def write_events(folder: Path) -> None:
     writer.write({"kind": "run_start", **names})
     for step in (1, 2, 3):
         writer.write({"kind": "step", "step": step, "loss": 1.0 / step, "lr": {"llm": 0.5}})
-    writer.write({"kind": "step", "step": 3, "loss": float("nan"), "keys": "ff"})
+    # A step that was done again after a resume.
+    metrics = {"loss_source/libri": 3.0}
+    rest = {"lr": {"llm": 0.5}, "metrics": metrics, "load": 1.5, "keys": "ff", "time": 7.0}
+    writer.write({"kind": "step", "step": 2, "loss": 0.5, **rest})
+    writer.write({"kind": "heldout", "task": "asr", "step": 2, "loss": 0.75, "time": 8.0})
+    writer.write({"kind": "step", "step": 3, "loss": 0.2, **rest})
     writer.write({"kind": "evaluation", "wer": 0.25})
     writer.close()
 
@@ -50,7 +62,7 @@ def test_a_repeated_step_counts_once(tmp_path: Path) -> None:
     write_events(tmp_path)
     steps = read_steps(tmp_path / "events.jsonl")
     assert [event["step"] for event in steps] == [1, 2, 3]
-    assert steps[2]["loss"] == "nan"
+    assert steps[2]["loss"] == 0.2
 
 
 def test_flatten_keeps_numbers_only() -> None:
@@ -64,25 +76,112 @@ def test_offline_wandb_run_holds_the_events_and_no_secret(tmp_path: Path, monkey
     write_events(tmp_path)
     for _ in range(2):  # rebuilding replaces
         home = write_wandb(tmp_path, project="test", config={"width": 4})
-    content = wandb_bytes(home)
-    for word in (b"stage1_audio", b"exp7", b"loss", b"lr/llm", b"wer", b"width"):
-        assert word in content, word
+    shown = read_wandb(home)
+    assert (shown.group, shown.job_type, shown.config["width"]) == ("exp7", "stage1_audio", 4)
+    assert {step: row.get("loss") for step, row in shown.history.items()} == {
+        1: 1.0,
+        2: 0.5,
+        3: 0.2,
+    }
+    assert {row["lr/llm"] for row in shown.history.values()} == {0.5}
+    assert shown.history[2]["metrics/loss_source/libri"] == 3.0
+    assert shown.history[2]["system/load"] == 1.5
+    assert shown.history[2]["heldout/asr/loss"] == 0.75
+    assert shown.summary["wer"] == 0.25
     assert canary.encode() not in b"".join(p.read_bytes() for p in home.rglob("*") if p.is_file())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["events.jsonl", "wandb"]
 
 
-def test_waves_can_be_listened_to_beside_text_and_wer(tmp_path: Path) -> None:
-    (tmp_path / "audio").mkdir()
-    soundfile.write(tmp_path / "audio" / "a.wav", np.zeros(800, np.float32), 16_000)
-    writer = JsonlWriter(tmp_path / "events.jsonl")
+def write_samples(folder: Path) -> dict[str, bytes]:
+    """Events with samples of both kinds; return the content of the files by name."""
+    (folder / "audio").mkdir()
+    (folder / "samples").mkdir()
+    soundfile.write(folder / "audio" / "a.wav", np.sin(np.arange(800) / 9.0), 16_000)
+    soundfile.write(folder / "samples" / "0.wav", np.zeros(400, np.float32), 8_000)
+    soundfile.write(folder.parent / "outside.wav", np.zeros(160, np.float32), 16_000)
+    Image.new("RGB", (40, 30), "red").save(folder / "samples" / "0.png")
+    writer = JsonlWriter(folder / "events.jsonl")
     said = {"key": "k7", "speaker": "v", "text": "river doctor", "heard": "river", "wer": 0.5}
-    for wave in ("audio/a.wav", "audio/a.wav", "audio/gone.wav"):
+    for wave in ("audio/a.wav", "audio/a.wav", "audio/gone.wav", "../outside.wav"):
         writer.write({"kind": "audio", "task": "tts", "wave": wave, **said})
+    asked = {"task": "vqa", "prompt": "<image> what | is it?", "reference": "a square"}
+    files = ["samples/0.png", "samples/0.wav", "samples/gone.png", "../outside.wav"]
+    for reply in ("a cross", "a circle"):  # scored twice
+        score = {"prediction": reply, "score": 0.0, "media": files}
+        writer.write({"kind": "sample", "key": "q1", **asked, **score})
+    told = {"prediction": "a square", "score": float("nan"), "media": []}
+    writer.write({"kind": "sample", "key": "q2", **asked, **told})
     writer.close()
-    home = write_wandb(tmp_path, project="test")
-    (wave,) = home.rglob("*.wav")
-    assert wave.read_bytes() == (tmp_path / "audio" / "a.wav").read_bytes()
-    assert b"river doctor | heard: river | WER 0.50 | v k7" in wandb_bytes(home)
+    return {path.name: path.read_bytes() for path in folder.rglob("*.*") if path.suffix != ".jsonl"}
+
+
+def test_samples_are_tables_with_texts_numbers_sound_and_pictures(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    files = write_samples(run)
+    home = write_wandb(run, project="test")
+    shown = read_wandb(home)
+    assert set(shown.tables) == {"samples/vqa", "speech/tts"}
+    columns, rows = shown.tables["speech/tts"]
+    assert columns == ["key", "speaker", "text", "heard", "wer", "audio"]
+    heard, gone, outside = rows
+    assert heard[:5] == gone[:5] == ["k7", "v", "river doctor", "river", 0.5]
+    assert shown.media[heard[5]].read_bytes() == files["a.wav"]
+    # No file outside of the run is shown, and none that is not there.
+    assert (gone[5], outside[5]) == (None, None)
+    columns, rows = shown.tables["samples/vqa"]
+    assert columns == ["key", "prompt", "image", "audio", "reference", "prediction", "score"]
+    assert [row[4:] for row in rows] == [
+        ["a square", "a circle", 0.0],
+        ["a square", "a square", None],
+    ]
+    with Image.open(shown.media[rows[0][2]]) as picture:
+        assert (picture.size, picture.getpixel((0, 0))) == ((40, 30), (255, 0, 0))
+    assert shown.media[rows[0][3]].read_bytes() == files["0.wav"]
+    # All of it lies in the run, where it can be copied and deleted with it.
+    assert all(path.is_relative_to(home) for path in shown.media.values())
+
+
+def test_tensorboard_shows_curves_scores_and_samples(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    write_events(run)
+    write_samples(run)
+    for _ in range(2):  # rebuilding replaces
+        assert main(["track", "tensorboard", str(run)]) == 0
+    seen = EventAccumulator(str(run / "tensorboard"))
+    seen.Reload()
+    tags = seen.Tags()
+    points = [(e.step, round(e.value, 6), e.wall_time) for e in seen.Scalars("loss")]
+    assert points == [(1, 1.0, 0.0), (2, 0.5, 7.0), (3, 0.2, 7.0)]
+    assert {"lr/llm", "metrics/loss_source/libri", "system/load"} <= set(tags["scalars"])
+    assert [e.value for e in seen.Scalars("heldout/asr/loss")] == [0.75]
+    assert [e.value for e in seen.Scalars("evaluation/wer")] == [0.25]
+    (picture,) = seen.Images("samples/vqa/0/image")
+    assert (picture.width, picture.height) == (40, 30)
+    (sound,) = seen.Audio("speech/tts/0/audio")
+    assert (sound.sample_rate, sound.length_frames) == (16_000, 800)
+    (table,) = seen.Tensors("samples/vqa/text_summary")
+    text = table.tensor_proto.string_val[0].decode()
+    assert "| q1 | <image> what \\| is it? | 0.png | 0.wav | a square | a circle | 0.0 |" in text
+    assert sorted(p.name for p in run.iterdir() if p.is_dir()) == [
+        "audio",
+        "samples",
+        "tensorboard",
+    ]
+
+
+def test_tensorboard_that_is_not_installed_is_said_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    config, view = RunConfig(dir=str(tmp_path / "run")), TrackingConfig(tensorboard=True)
+    with (
+        pytest.raises(ConfigError, match=r"tracking\.tensorboard.*pip install"),
+        start_run(config, stage="toy", settings={}, tracking=view),
+    ):
+        pytest.fail("the run began")
+    assert not (tmp_path / "run").exists()
 
 
 def test_following_a_log_gives_each_whole_line_once(tmp_path: Path) -> None:
@@ -128,11 +227,11 @@ def test_lineage_spans_from_the_data_to_the_last_stage(tmp_path: Path) -> None:
     assert [item.kind for item in read_by(second, tmp_path)] == ["dataset", "checkpoint"]
     assert read_by(second, tmp_path)[1] == made
     assert main(["track", "sync", str(first), str(second), "--offline"]) == 0
-    written = {folder: wandb_bytes(folder / "wandb") for folder in (first, second)}
-    address = made.address.encode()
-    assert b"omni-train://dataset/text?hash=d1" in written[first]
-    assert address in written[first]
-    assert address in written[second]
+    shown = [read_wandb(folder / "wandb") for folder in (first, second)]
+    assert (shown[0].used, shown[0].made) == (["omni-train://dataset/text?hash=d1"], [made.address])
+    assert shown[1].used == ["omni-train://dataset/asr?hash=d2", made.address]
+    assert len(shown[1].made) == 1
+    assert shown[0].id != shown[1].id
     # Another content is another address, under the same name.
     (first / "checkpoints" / "step-4" / "manifest.json").write_text("{}")
     (changed,) = made_by(first)
@@ -142,9 +241,20 @@ def test_lineage_spans_from_the_data_to_the_last_stage(tmp_path: Path) -> None:
 
 def test_alerts_say_what_went_wrong(tmp_path: Path) -> None:
     folder = make_stage(tmp_path, "first", {}, {})
-    content = wandb_bytes(write_wandb(folder, project="test"))
-    assert b"Non-finite step" in content
-    assert b"step 4: asked to stop by SIGUSR1" in content
+    log = folder / "events.jsonl"
+    assert read_wandb(write_wandb(folder, project="test")).alerts == [
+        "Non-finite step: steps [3]; the samples are in events.jsonl",
+        "Run preempted: step 4: asked to stop by SIGUSR1",
+    ]
+    # Killed, or hung: no end of its own, and nobody there.
+    writer = JsonlWriter(log)
+    writer.write({"kind": "spike", "step": 5})
+    writer.write({"kind": "run_resume", "run_id": "e/first"})
+    writer.close()
+    (folder / "state.json").write_text(json.dumps({"status": "failed", "reason": "rank 1 hung"}))
+    again = read_wandb(write_wandb(folder, project="test")).alerts
+    assert again[1].startswith("Spike: loss or gradient norm far above the median at steps [5]")
+    assert again[2:] == ["Run died: rank 1 hung"]
 
 
 def test_sync_of_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
