@@ -7,6 +7,7 @@
     OUT/dataset/                   the same without media, for `datasets.load_from_disk`
     OUT/pairs.jsonl                every pair that was looked at: texts, scores, reason
     OUT/listen.html                some pairs with their waves, in one file
+    OUT/listen.jsonl               the same pairs and waves, for the report
     OUT/pairs.json                 settings and counts
 
 Lower scores are better. Pairs of a request are looked at from the widest gap down; an answer
@@ -21,7 +22,7 @@ import html
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from enum import Enum
 from itertools import combinations
@@ -33,6 +34,7 @@ import xxhash
 from data_pipelines.shards import Sample, write_shards
 from omni_train.config.errors import ConfigError, DataError
 from omni_train.data.candidates import (
+    HEARD_PAIRS_FILE,
     RANKING_FILE,
     RECORDING,
     candidate_shards,
@@ -143,7 +145,7 @@ def build_pairs(
             "no_samples", f"no pair is kept: {dict(maker.reasons)}; lower --min-gap, say"
         )
     _write_dataset(maker.kept, partial / DATASET_DIR)
-    page = listening_page(maker.page_entries(tars))
+    shown = list(maker.page_entries(tars))
     summary = {
         **job,
         "pairs": manifest.num_samples,
@@ -151,7 +153,8 @@ def build_pairs(
         "ordered_by_pauses": maker.by_pauses,
     }
     write_atomically(partial / ROWS_FILE, _lines(maker.rows))
-    write_atomically(partial / PAGE_FILE, page.encode())
+    write_atomically(partial / PAGE_FILE, listening_page(shown).encode())
+    write_atomically(partial / HEARD_PAIRS_FILE, _lines([_heard_pair(*entry) for entry in shown]))
     write_atomically(partial / PAIRS_FILE, _json(summary))
     if out_dir.exists():
         out_dir.rmdir()
@@ -345,7 +348,21 @@ def _write_dataset(rows: list[dict[str, Any]], folder: Path) -> None:
     dataset.save_to_disk(str(folder))
 
 
-def listening_page(entries: Iterator[tuple[dict[str, Any], list[bytes]]]) -> str:
+def _heard_pair(row: dict[str, Any], waves: list[bytes]) -> dict[str, Any]:
+    """A pair as the report reads it."""
+    made = {name: row[name] for name in ("key", "text", "speaker", "gap")}
+    for who, wave in zip(("chosen", "rejected"), waves, strict=True):
+        heard = row[f"{who}_heard"][0]
+        made[who] = {
+            "heard": heard["raw"],
+            "wer": heard["wer"],
+            "pause_error": heard["pause_error"],
+        }
+        made[who]["wave"] = base64.b64encode(wave).decode()
+    return made
+
+
+def listening_page(entries: Iterable[tuple[dict[str, Any], list[bytes]]]) -> str:
     """Return a page, complete in itself, with chosen and rejected side by side.
 
     Args:

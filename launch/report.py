@@ -61,22 +61,43 @@ def run_report(args: argparse.Namespace) -> int:
 def _write(args: argparse.Namespace) -> int:
     import json
 
+    out, names = write_page(
+        args.what, out=args.out, against=args.against, pictures=not args.no_pictures
+    )
+    if args.json:
+        print(json.dumps({"page": str(out), "runs": names}))
+    else:
+        print(f"{out}: {len(names)} runs, {out.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def write_page(
+    what: str, *, out: Path | None = None, against: Path | None = None, pictures: bool = True
+) -> tuple[Path, list[str]]:
+    """Write the page; return its file and the names of its runs.
+
+    Args:
+        what: run directory, directory of runs, or name of a pipeline.
+        out: file; None is report.html beside the runs.
+        against: run whose settings are compared.
+        pictures: whether a sample of each training source is drawn.
+
+    Raises:
+        ConfigError, FileNotFoundError: there is no such run, or it cannot be written.
+    """
     from launch.failures import check_writable
     from omni_train.engine.run import write_text_atomically
     from omni_train.tracking.report import report_page
 
-    root, folders, nodes = _runs(args.what)
-    facts, graph = _read(folders, nodes, against=args.against)
-    if not args.no_pictures:
+    root, folders, nodes = _runs(what)
+    facts, graph = _read(folders, nodes, against=against)
+    _add_pairs(facts, folders)
+    if pictures:
         _add_pictures(facts, folders)
-    out: Path = args.out or root / REPORT_NAME
-    check_writable(out.resolve().parent, remedy="give another file by --out")
-    write_text_atomically(out, report_page(args.what, facts, graph))
-    if args.json:
-        print(json.dumps({"page": str(out), "runs": [run.name for run in facts]}))
-    else:
-        print(f"{out}: {len(facts)} runs, {out.stat().st_size / 1e6:.1f} MB")
-    return 0
+    page = out or root / REPORT_NAME
+    check_writable(page.resolve().parent, remedy="give another file by --out")
+    write_text_atomically(page, report_page(what, facts, graph))
+    return page, [run.name for run in facts]
 
 
 def _runs(what: str) -> tuple[Path, list[Path], list[Node]]:
@@ -143,6 +164,19 @@ def _read(
         graph.append(GraphNode(run.name, run.state, [n for n in before[run.name] if n in seen]))
         seen.add(run.name)
     return facts, graph if len(graph) > 1 else []
+
+
+def _add_pairs(facts: Sequence[RunFacts], folders: Sequence[Path]) -> None:
+    """Put pairs to listen to with the first run that learnt from them."""
+    from launch.stages import REPO
+    from omni_train.tracking.report_data import heard_pairs, settings_of
+
+    shown: set[str] = set()
+    for run, folder in zip(facts, folders, strict=True):
+        for key, value in settings_of(folder).items():
+            if key.startswith("data.sources.") and key.endswith(".path") and value not in shown:
+                shown.add(str(value))
+                run.pairs += heard_pairs(REPO / str(value))
 
 
 def _add_pictures(facts: Sequence[RunFacts], folders: Sequence[Path]) -> None:

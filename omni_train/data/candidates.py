@@ -2,6 +2,7 @@
 
     DIR/candidates.json, DIR/shard-000000.tar      written by `talker_candidates`
     DIR/ranking.json, DIR/shard-000000.jsonl       written by `omni-train talker rank`
+    DIR/listen.jsonl                               written by `omni-train talker pairs`
 
 Not done here: making either (omni_train/preferences).
 """
@@ -18,6 +19,8 @@ from omni_train.data.index import hash_file
 from omni_train.data.tars import read_tar
 
 CANDIDATES_FILE, RANKING_FILE = "candidates.json", "ranking.json"
+# Some of the pairs with their waves, a line each.
+HEARD_PAIRS_FILE = "listen.jsonl"
 # Name of the candidate that is the request's own speech; all others are samples.
 RECORDING = "recording"
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from omni_train.tracking.report_assets import COLORS, SCRIPT, STYLE
-from omni_train.tracking.report_data import RunFacts
+from omni_train.tracking.report_data import RunFacts, Sound
 
 _BOX_WIDTH, _BOX_HEIGHT, _GAP_X, _GAP_Y = 190, 40, 40, 14
 _FILLS = {
@@ -57,6 +57,7 @@ def report_page(title: str, runs: Sequence[RunFacts], graph: Sequence[GraphNode]
     if graph:
         body += ["<h2>Graph</h2>", f'<div class="wide">{_graph(graph)}</div>']
     body += ["<h2>Stages</h2>", _stage_table(runs)]
+    body += _side_by_side(runs)
     for run in runs:
         body += _run_section(run, charts)
     data = json.dumps(charts, allow_nan=False).replace("<", "\\u003c")
@@ -167,12 +168,56 @@ def _figure(number: int, title: str, names: list[str]) -> str:
     )
 
 
+def _player(sound: Sound) -> str:
+    return f'<audio controls preload="metadata" src="{sound.uri}"></audio>'
+
+
+def _asked(sound: Sound) -> str:
+    return f'{_text(sound.text)} <small class="soft">{_text(sound.speaker)}</small>'
+
+
+def _heard(sound: Sound) -> str:
+    said = f"{_text(sound.heard)} <small>WER {_number(sound.wer)}</small>"
+    return f"{_player(sound)}{said}"
+
+
+def _side_by_side(runs: Sequence[RunFacts]) -> list[str]:
+    """The same texts as several runs spoke them, one column a run, in the order of the runs."""
+    spoken: dict[str, dict[str, Sound]] = {}
+    for run in runs:
+        for sound in run.sounds:
+            spoken.setdefault(sound.name, {})[run.name] = sound
+    shared = {name: by_run for name, by_run in spoken.items() if name and len(by_run) > 1}
+    if not shared:
+        return []
+    columns = [run.name for run in runs if any(run.name in by_run for by_run in shared.values())]
+    rows = []
+    for by_run in shared.values():
+        one = next(iter(by_run.values()))
+        cells = [_heard(by_run[name]) if name in by_run else "" for name in columns]
+        rows.append([_asked(one), *cells])
+    head = ["text", *(_text(name) for name in columns)]
+    return ["<h2>The same texts, spoken by each</h2>", _table(head, rows)]
+
+
 def _samples(run: RunFacts) -> list[str]:
     parts = []
+    if run.pairs:
+        rows = [
+            [
+                _asked(pair.chosen),
+                _heard(pair.chosen),
+                _heard(pair.rejected),
+                _number(pair.gap),
+            ]
+            for pair in run.pairs
+        ]
+        head = ["text", "chosen", "rejected", "gap"]
+        parts += ["<h3>Preference pairs</h3>", _table(head, rows, numbers=1)]
     if run.sounds:
         rows = [
             [
-                f'<audio controls preload="metadata" src="{sound.uri}"></audio>',
+                _player(sound),
                 _text(sound.text),
                 _text(sound.heard),
                 _number(sound.wer),

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from omni_train.data.candidates import HEARD_PAIRS_FILE
 from omni_train.engine.fingerprint import flatten as flatten_settings
 from omni_train.tracking.curves import flatten
 from omni_train.tracking.events import read_jsonl, read_steps
@@ -38,13 +39,27 @@ _FAULTS = {
 
 @dataclass(frozen=True, slots=True)
 class Sound:
-    """A sampled wave with its text, what a recogniser heard, the word error rate and the voice."""
+    """A sampled wave with its text, what a recogniser heard, the word error rate and the voice.
+
+    Args:
+        name: of the dialogue and its task; the same where several runs spoke it.
+    """
 
     uri: str
     text: str
     heard: str
     wer: float
     speaker: str
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HeardPair:
+    """A preference pair that can be listened to."""
+
+    chosen: Sound
+    rejected: Sound
+    gap: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +87,7 @@ class RunFacts:
         evaluations: task, metric, value, n.
         sounds, replies: samples; replies are (reference, reply) by task.
         pictures: (caption, data URI).
+        pairs: some of the preference pairs that it learnt from.
         faults: in order.
         unused: ((source, reason), count) of the ledger.
         before: name of the run whose settings it is compared to.
@@ -95,6 +111,7 @@ class RunFacts:
     faults: list[Fault]
     unused: list[tuple[tuple[str, str], int]]
     pictures: list[tuple[str, str]] = field(default_factory=list)
+    pairs: list[HeardPair] = field(default_factory=list)
     before: str = ""
     changes: list[tuple[str, str, str]] = field(default_factory=list)
 
@@ -206,9 +223,26 @@ def _sounds(run_dir: Path, events: Sequence[dict[str, Any]]) -> list[Sound]:
                     heard=words[1],
                     wer=float(event.get("wer", "nan")),
                     speaker=words[2],
+                    name=f"{event['task']} {event['key']}",
                 )
             )
     return found
+
+
+def heard_pairs(folder: Path) -> list[HeardPair]:
+    """Return what a directory of preference pairs has to listen to; nothing where it is not one."""
+    path = folder / HEARD_PAIRS_FILE
+    rows = read_jsonl(path) if path.is_file() else ()
+
+    def sound(row: dict[str, Any], who: str) -> Sound:
+        # Encoded anew, so that nothing but a wave can get onto the page.
+        wave = base64.b64decode(row[who]["wave"])
+        uri, wer = data_uri(wave, "audio/wav"), float(row[who]["wer"])
+        return Sound(uri, row["text"], row[who]["heard"], wer, row["speaker"])
+
+    return [
+        HeardPair(sound(row, "chosen"), sound(row, "rejected"), float(row["gap"])) for row in rows
+    ]
 
 
 def data_uri(content: bytes, kind: str) -> str:

@@ -19,6 +19,7 @@ from omni_train.data.fetch import fetch
 from omni_train.data.source import ShardSet
 from omni_train.data.tokenizer import train_tokenizer
 from omni_train.speech.codec import parse_codes
+from omni_train.tracking import report_data
 from tests.candidate_sets import content, write_candidates
 
 
@@ -154,6 +155,10 @@ def test_the_page_is_complete_in_itself_and_escaped(made: Path, tmp_path: Path) 
     assert page.count("data:audio/wav;base64,") == 2 * (page.count("<tr>") - 1) > 2
     assert "http:" not in page
     assert "river, doctor" in page
+    heard_pairs = report_data.heard_pairs(made / "pairs")
+    waves = [sound.uri for pair in heard_pairs for sound in (pair.chosen, pair.rejected)]
+    assert [uri in page for uri in waves] == [True] * page.count("data:audio/wav;base64,")
+    assert all(pair.chosen.wer <= pair.rejected.wer for pair in heard_pairs)
     evil = "</td><script>alert(1)</script>"
     heard = [{"raw": evil, "wer": 0.0, "pause_error": None}]
     row = {"key": evil, "speaker": evil, "text": evil, "gap": 1.0}

@@ -58,6 +58,15 @@ window.addEventListener('load', () => setTimeout(async () => {
 """
 
 
+def make_pairs(folder: Path, evil: str) -> Path:
+    answer = {"heard": f"river{evil}", "wer": 0.5, "pause_error": None, "wave": "UklGRg=="}
+    row = {"key": "k", "text": f"doctor{evil}", "speaker": evil, "gap": 0.5}
+    writer = JsonlWriter(folder / "listen.jsonl")
+    writer.write({**row, "chosen": answer | {"heard": "doctor"}, "rejected": answer})
+    writer.close()
+    return folder
+
+
 def make_run(folder: Path, *, init_from: str = "", evil: str = "") -> Path:
     writer = JsonlWriter(folder / "events.jsonl")
     writer.write({"kind": "run_start", "time": 1.0, "stage": f"text_lm{evil}", "versions": {}})
@@ -80,7 +89,8 @@ def make_run(folder: Path, *, init_from: str = "", evil: str = "") -> Path:
         ledger.write({"source": f"asr{evil}", "reason": "truncated"})
     ledger.close()
     (folder / "state.json").write_text(json.dumps({"status": "done", "reason": ""}))
-    settings = {"optim": {"lr": 0.1}, "model": {"init_from": init_from or evil}}
+    settings: dict[str, Any] = {"optim": {"lr": 0.1}, "model": {"init_from": init_from or evil}}
+    settings["data"] = {"sources": {"pairs": {"path": str(make_pairs(folder / "pairs", evil))}}}
     (folder / "resolved.yaml").write_text(yaml.safe_dump(settings))
     pairs = JsonlWriter(folder / "predictions-asr.jsonl")
     pairs.write({"reference": f"a{evil}", "prediction": "b"})
@@ -133,6 +143,22 @@ def test_nothing_of_a_run_becomes_markup_and_nothing_is_fetched(page: Path) -> N
     # What a run starts from is an arrow and a comparison.
     assert "before (first)" in text
     assert text.count("<path") == 1
+
+
+def test_runs_and_answers_can_be_heard_side_by_side(page: Path) -> None:
+    text = page.read_text()
+    # Both runs spoke one text, and keep it in their own sections too.
+    table = text.partition("spoken by each")[2].partition("<h2")[0]
+    assert re.findall(r"<th[^>]*>([^<]*)", table) == ["text", "first", "second"]
+    assert table.count("<audio") == 2
+    pairs = text.split("Preference pairs")[1:]
+    # Each run has pairs of its own.
+    assert len(pairs) == 2
+    for section in pairs:
+        table = section.partition("</table>")[0]
+        assert re.findall(r"<th[^>]*>([^<]*)", table) == ["text", "chosen", "rejected", "gap"]
+        assert table.count('src="data:audio/wav;base64,UklGRg=="') == 2
+        assert "doctor" in table
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
