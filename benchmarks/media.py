@@ -47,12 +47,20 @@ def wav(seconds: float, seed: int = 0) -> bytes:
     return out.getvalue()
 
 
-def clip(seconds: float, *, height: int, width: int, fps: int = 30, gop: int = 250) -> bytes:
+def clip(
+    seconds: float,
+    *,
+    height: int,
+    width: int,
+    fps: int = 30,
+    gop: int = 250,
+    preset: str = "medium",
+) -> bytes:
     """Bytes of an H.264 clip with sound that is exactly as long, in Matroska."""
     out = io.BytesIO()
     scene = picture(height, width + round(seconds * fps), 0)
     with av.open(out, "w", format="matroska") as file:
-        video: Any = file.add_stream("libx264", rate=fps, options={"g": str(gop)})
+        video: Any = file.add_stream("libx264", rate=fps, options={"g": str(gop), "preset": preset})
         video.height, video.width, video.pix_fmt = height, width, "yuv420p"
         audio: Any = file.add_stream("flac", rate=RATE_HZ)
         audio.layout = "mono"

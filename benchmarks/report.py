@@ -1,9 +1,14 @@
-"""Paired timing and the table that every benchmark prints."""
+"""Paired timing and the table that every benchmark prints.
+
+A script ends with 0 where every goal is met, 1 where one is missed, 66 where nothing could be
+measured here (a GPU or a peer is missing), and then says what.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import statistics
 import sys
 import time
@@ -12,6 +17,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 
 PAIRS = 5
+MISSED, NOT_TAKEN = 1, 66
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,7 @@ def compare(
     pairs: int = PAIRS,
     items: int = 0,
     before: Callable[[], object] = lambda: None,
+    repeats: int = 1,
 ) -> Row:
     """Time both sides in turn and return the row; each runs once before, untimed.
 
@@ -60,14 +67,15 @@ def compare(
         goal: least ratio.
         pairs: timed pairs, of which the median counts.
         items: things handled by one call, to show a rate; 0 shows milliseconds.
-        before: called, untimed, before each call of either side.
+        before: called, untimed, before each timing of either side.
+        repeats: calls of either side in one timing, for work that is short.
     """
 
     def both() -> tuple[float, float]:
         before()
-        mine = _seconds(ours)
+        mine = _seconds(ours, repeats)
         before()
-        return mine, _seconds(peer)
+        return mine, _seconds(peer, repeats)
 
     both()
     times = [both() for _ in range(pairs)]
@@ -78,6 +86,15 @@ def compare(
     else:
         mine, theirs, unit = mine * 1e3, theirs * 1e3, "ms"
     return Row(name, mine, theirs, unit, statistics.median(ratios), min(ratios), max(ratios), goal)
+
+
+def limit(name: str, work: Callable[[], object], *, most_ms: float, times: int = PAIRS) -> Row:
+    """Time one side against a limit in milliseconds; the ratio is limit over time."""
+    work()
+    taken = [_seconds(work, 1) * 1e3 for _ in range(times)]
+    middle = statistics.median(taken)
+    low, high = most_ms / max(taken), most_ms / min(taken)
+    return Row(name, middle, most_ms, "ms", most_ms / middle, low, high, 1.0)
 
 
 def mean_row(name: str, rows: list[Row], goal: float) -> Row:
@@ -97,32 +114,48 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def show(rows: list[Row], packages: tuple[str, ...], notes: list[str], *, as_json: bool) -> int:
-    """Print rows, notes and versions; return the exit status, 1 where a goal is missed."""
-    versions = {name: version(name) for name in packages}
+    """Print rows, notes and versions; return the exit status."""
+    versions = {"Python": platform.python_version()} | {name: version(name) for name in packages}
     if as_json:
-        record = {
-            "rows": [{**asdict(row), "pass": row.passed} for row in rows],
-            "notes": notes,
-            "versions": versions,
-        }
+        record = {"rows": [record_of(row) for row in rows], "notes": notes, "versions": versions}
         sys.stdout.write(json.dumps(record, indent=2) + "\n")
     else:
-        head = f"{'row':34} {'ours':>10} {'peer':>10} {'':4} {'ratio':>7} {'range':>15} {'goal':>5}"
-        lines = [head]
-        for row in rows:
-            spread = f"{row.low:.2f} - {row.high:.2f}"
-            verdict = "" if not row.goal else "pass" if row.passed else "MISSED"
-            lines.append(
-                f"{row.name:34} {row.ours:10.2f} {row.peer:10.2f} {row.unit:4} {row.ratio:7.2f} "
-                f"{spread:>15} {row.goal:5.2f} {verdict}"
-            )
-        lines += [f"note: {note}" for note in notes]
+        lines = [HEAD, *map(line_of, rows), *(f"note: {note}" for note in notes)]
         lines.append(", ".join(f"{name} {found}" for name, found in versions.items()))
         sys.stdout.write("\n".join(lines) + "\n")
-    return 0 if all(row.passed for row in rows) else 1
+    return 0 if all(row.passed for row in rows) else MISSED
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def not_taken(reason: str, *, as_json: bool) -> int:
+    """Say why nothing was measured; return the exit status."""
+    if as_json:
+        record = {"rows": [], "notes": [], "versions": {}, "not_taken": reason}
+        sys.stdout.write(json.dumps(record, indent=2) + "\n")
+    else:
+        sys.stdout.write(f"not taken: {reason}\n")
+    return NOT_TAKEN
+
+
+HEAD = f"{'row':42} {'ours':>10} {'peer':>10} {'':5} {'ratio':>7} {'range':>15} {'goal':>5}"
+
+
+def record_of(row: Row) -> dict[str, object]:
+    """Return a row as JSON has it; `pass` is null where there is no goal."""
+    return {**asdict(row), "pass": row.passed if row.goal else None}
+
+
+def line_of(row: Row) -> str:
+    """Return a row as the terminal shows it."""
+    spread = f"{row.low:.2f} - {row.high:.2f}"
+    verdict = "" if not row.goal else "pass" if row.passed else "MISSED"
+    return (
+        f"{row.name:42} {row.ours:10.2f} {row.peer:10.2f} {row.unit:5} {row.ratio:7.2f} "
+        f"{spread:>15} {row.goal:5.2f} {verdict}"
+    )
+
+
+def _seconds(work: Callable[[], object], repeats: int) -> float:
     start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    for _ in range(repeats):
+        work()
+    return (time.perf_counter() - start) / repeats

@@ -53,10 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_data(add)
     _add_talker(add)
     add_checkpoint(add)
+    from launch.bench import add_bench
     from launch.jobs import add_jobs
     from launch.report import add_report
     from launch.track import add_track
 
+    add_bench(add)
     add_jobs(add)
     add_report(add)
     add_track(add)
@@ -374,6 +376,12 @@ def _report(args: argparse.Namespace) -> int:
     return run_report(args)
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from launch.bench import run_bench
+
+    return run_bench(args)
+
+
 def _jobs(args: argparse.Namespace) -> int:
     from launch.jobs import run_jobs
 
@@ -399,6 +407,7 @@ def _checkpoint(args: argparse.Namespace) -> int:
 
 
 _COMMANDS = {
+    "bench": _bench,
     "checkpoint": _checkpoint,
     "data": _data,
     "talker": _talker,

@@ -1,7 +1,8 @@
 """The plan at scale: full packs, level ranks, its speed, and resuming without reading it all.
 
 The samples are those of benchmarks/loads.py, the lower bound and the random assignments those of
-benchmarks/plan.py. Constants of the planner may be chosen on `web` alone; `dialogue` is held out.
+benchmarks/b05_balance.py. Constants of the planner may be chosen on `web` alone; `dialogue` is held
+out.
 
 Wanted is a lockstep cost of at most 1.05 times the bound and 25 % below random. That holds for 8
 and 256 ranks, and against samples dealt at random. On 64 ranks, four micro-steps of 256 packs,
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 import time
 import tracemalloc
 from functools import cache
@@ -23,9 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.bound import simple_bound, tight_bound
-from benchmarks.loads import Load
-from benchmarks.plan import (
+from benchmarks.b05_balance import (
     BUDGETS,
     compare_with_peers,
     cost_table,
@@ -36,19 +34,12 @@ from benchmarks.plan import (
     planning_ms,
     tight_lower_bound,
 )
-from data_pipelines.shards import Sample, write_shards
+from benchmarks.bound import simple_bound, tight_bound
+from benchmarks.loads import Load
+from benchmarks.shards import write_copies
 from omni_train.data.config import DataConfig, SourceConfig
-from omni_train.data.index import (
-    Manifest,
-    ShardInfo,
-    hash_file,
-    read_index,
-    write_index,
-    write_manifest,
-)
 from omni_train.data.loader import PlannedLoader
 from omni_train.data.plan import assign, lockstep_cost
-from omni_train.data.tokenizer import tokenizer_hash
 from omni_train.data.types import PackSpec
 from tests.unit.data.samples import SPEC, TOKENIZER
 
@@ -157,45 +148,7 @@ def test_planning_a_global_step_takes_under_5_ms() -> None:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """100,000 samples in 100 shards: one real tar, copied, each copy with keys of its own."""
-    root = tmp_path_factory.mktemp("large")
-    rng = np.random.default_rng(0)
-
-    def samples() -> list[Sample]:
-        found = []
-        for number in range(1000):
-            words = " ".join(["word"] * int(np.clip(rng.lognormal(2.5, 0.8), 1, 100)))
-            messages = [
-                {"role": "user", "content": "which word"},
-                {"role": "assistant", "content": words},
-            ]
-            found.append(Sample(f"s{number:04d}", {"messages": messages}))
-        return found
-
-    first = write_shards(samples(), root / "one", tokenizer=TOKENIZER, samples_per_shard=1000)
-    shard = first.shards[0]
-    rows = read_index(root / "one" / "shard-000000.parquet")
-    infos = []
-    (root / "set").mkdir()
-    for number in range(100):
-        name = f"shard-{number:06d}"
-        shutil.copyfile(root / "one" / shard.name, root / "set" / f"{name}.tar")
-        for count, row in enumerate(rows):
-            row.key = f"s{number:03d}-{count:04d}"
-        path = root / "set" / f"{name}.parquet"
-        write_index(path, rows)
-        infos.append(
-            ShardInfo(
-                name=f"{name}.tar",
-                num_samples=1000,
-                bytes=shard.bytes,
-                xxh3=shard.xxh3,
-                index_xxh3=hash_file(path),
-            )
-        )
-    manifest = Manifest(tokenizer_hash=tokenizer_hash(TOKENIZER), shards=tuple(infos))
-    write_manifest(root / "set", manifest)
-    return root / "set"
+    return write_copies(tmp_path_factory.mktemp("large"), TOKENIZER)
 
 
 def make_loader(

@@ -1,6 +1,6 @@
 """B11: how long a save keeps training waiting, and how long a restore takes, against others.
 
-    python -m benchmarks.save [--megabytes 400] [--json]
+    python -m benchmarks.b11_save [--megabytes 400] [--json]
 
 One process holds the AdamW state of a model (fp32 master weights and two moments) under our engine.
 What training waits for is a copy of that state; file, fsync and hash come behind it, in a thread.

@@ -1,7 +1,7 @@
-"""One whole sample from its bytes to what the model takes, against `Qwen2_5OmniProcessor`.
+"""B3: one whole sample from its bytes to what the model takes, against `Qwen2_5OmniProcessor`.
 
     python -m pip install --no-deps --target DIR torchvision==0.28.0
-    PYTHONPATH=DIR python -m benchmarks.encode [--json]
+    python -m benchmarks B3 --torchvision DIR
 
 The processor's image and video back end needs torchvision, which this project does not. It is
 installed apart, only for this comparison (see operators.py); without it nothing is timed.
@@ -25,7 +25,7 @@ import torch
 
 from benchmarks import media
 from benchmarks.operators import HAS_TORCHVISION
-from benchmarks.report import Row, compare, mean_row, parser, show
+from benchmarks.report import Row, compare, mean_row, not_taken, parser, show
 from omni_train.data.chatml import DEFAULT_SYSTEM, count_text_tokens, media_pieces
 from omni_train.data.encode import encode
 from omni_train.data.image import normalize_patches
@@ -185,8 +185,8 @@ def main() -> int:
     torch.set_num_threads(1)
     peer = build_peer()
     if peer is None:
-        note = "skipped: torchvision cannot be imported; see the head of benchmarks/encode.py"
-        return show([], ("torch", "transformers"), [note], as_json=args.json)
+        reason = "the peer needs torchvision; see the head of benchmarks/b03_encode.py"
+        return not_taken(reason, as_json=args.json)
     rows: list[Row] = []
     for case in cases():
         check_equal(case, peer)

@@ -1,6 +1,6 @@
-"""Samples out of local shards, against plain webdataset: raw, and decoded by two workers.
+"""B7: samples out of local shards, against plain webdataset: raw, and decoded by two workers.
 
-    python -m benchmarks.read [--json]
+    python -m benchmarks.b07_read [--json]
 
 Raw: every member of every sample, the JSON parsed; ours is verified against the index's hashes,
 webdataset reads each tar from end to end and verifies nothing. Decoded: the same functions turn
@@ -202,6 +202,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     # Workers find `decode_pack` by its module's name, which must not be that of a program.
-    from benchmarks import read
+    from benchmarks import b07_read
 
-    sys.exit(read.main())
+    sys.exit(b07_read.main())

@@ -1,6 +1,6 @@
 """B5: what a global step costs on 8, 64 and 256 ranks, against its lower bound and its peers.
 
-    python -m benchmarks.plan [--seeds 3] [--json]
+    python -m benchmarks.b05_balance [--seeds 3] [--json]
 
 Ranks are simulated: `lockstep_cost` needs no process. A global step has 256 packs, so 8 ranks run
 32 micro-steps, 64 ranks 4 and 256 ranks one. Samples: see loads.py; a window has 4 global steps,
