@@ -28,6 +28,7 @@ from launch.data import make_corpus
 from launch.demo_report import keep_audio, print_summary, summarise, write_summary
 from launch.demo_work import Codes, Pairs, Ranking, Work
 from launch.local import run_recipe
+from launch.report import write_page
 from launch.stages import REPO
 from omni_train.config.errors import ConfigError, DataError
 from omni_train.engine.exit_codes import ExitCode
@@ -249,6 +250,9 @@ def run_demo(
     summary = summarise(root, stages=_trained(root), seconds=time.monotonic() - started)
     write_summary(root, summary)
     keep_audio(root)
+    # Of what a quick run was trained on, a few samples, a picture would say little.
+    page, _ = write_page(str(root), pictures=not quick)
+    console.print(f"curves, tables and sound: {page}")
     return print_summary(console, summary, root, quick=quick)
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 import shutil
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,9 @@ from launch.demo_work import Work
 from launch.local import child_environment
 from launch.stages import REPO
 from omni_train.tracking.events import read_jsonl
+from tests.recipes.launching import children_of, kill
+
+FOLLOWS = ("--thinker", "--preferences")
 
 
 def trained(steps: tuple[Stage | Work, ...]) -> list[Stage]:
@@ -45,6 +52,15 @@ def done() -> Iterator[tuple[Path, str, str]]:
         shutil.rmtree(REPO / "runs" / name, ignore_errors=True)
 
 
+@pytest.fixture(scope="module")
+def whole(done: tuple[Path, str, str]) -> Path:
+    """Directory of the same demo after all that follows it."""
+    root, name, _ = done
+    again = demo(name, *FOLLOWS)
+    assert again.returncode == 0, again.stdout + again.stderr
+    return root
+
+
 def check_stages(found: list[dict[str, Any]], training: list[Stage]) -> None:
     assert [stage["name"] for stage in found] == [stage.name for stage in training]
     for stage, planned in zip(found, training, strict=True):
@@ -67,10 +83,8 @@ def test_summary_has_what_was_promised(done: tuple[Path, str, str]) -> None:
 
 
 @pytest.mark.slow
-def test_the_talker_goes_on_from_a_finished_demo(done: tuple[Path, str, str]) -> None:
-    root, name, _ = done
-    again = demo(name, "--thinker", "--preferences")
-    assert again.returncode == 0, again.stdout + again.stderr
+def test_the_talker_goes_on_from_a_finished_demo(whole: Path) -> None:
+    root = whole
     # What was trained is not trained again.
     for stage in trained(STAGES):
         events = list(read_jsonl(root / stage.name / "events.jsonl"))
@@ -98,6 +112,54 @@ def test_the_talker_goes_on_from_a_finished_demo(done: tuple[Path, str, str]) ->
     for entry in kept:
         assert soundfile.info(root / "audio" / entry["wave"]).samplerate == 16_000
         assert 1 <= len(entry["text"].split()) <= 3
+    page = (root / "report.html").read_text()
+    assert "Preference pairs" in page
+    # The same texts before and after DPO, beside one another.
+    heads = re.findall("spoken by each</h2>.*?</tr>", page)
+    assert ["talker_icl<" in h and "evaluate_talker_dpo<" in h for h in heads] == [True]
+
+
+def progress(root: Path) -> int:
+    """How far a demo has come: everything that any of its stages has logged, and its files."""
+    lines = sum(path.read_bytes().count(b"\n") for path in root.glob("*/events.jsonl"))
+    return lines + sum(1 for folder in ("corpus", "codes") for _ in (root / folder).rglob("*"))
+
+
+def run_until(name: str, moment: int) -> None:
+    """Run a demo and kill all its processes once it has come so far."""
+    command = [sys.executable, "-m", "launch", "demo", "--quick", "--name", name, *FOLLOWS]
+    process = subprocess.Popen(
+        command, cwd=REPO, env=child_environment(), stdout=subprocess.DEVNULL
+    )
+    while process.poll() is None and progress(REPO / "runs" / name) < moment:
+        time.sleep(0.05)
+    doomed = [process.pid] if process.poll() is None else []
+    # A parent goes before its children, so that it starts no other in their place.
+    while doomed:
+        pid = doomed.pop(0)
+        doomed += children_of(pid)
+        with suppress(ProcessLookupError):
+            kill(pid)
+    process.wait()
+
+
+def metrics_of(root: Path) -> Any:
+    return json.loads((root / "summary.json").read_text())["metrics"]
+
+
+@pytest.mark.slow
+def test_killed_at_three_random_moments_it_ends_with_the_same_figures(whole: Path) -> None:
+    name, seed = f"test-{uuid.uuid4().hex[:8]}", random.randrange(10**6)
+    moments = sorted(random.Random(seed).sample(range(1, progress(whole)), 3))
+    print(f"seed {seed}: killed at {moments} of {progress(whole)}")
+    try:
+        for moment in moments:
+            run_until(name, moment)
+        last = demo(name, *FOLLOWS)
+        assert last.returncode == 0, last.stdout + last.stderr
+        assert metrics_of(REPO / "runs" / name) == metrics_of(whole)
+    finally:
+        shutil.rmtree(REPO / "runs" / name, ignore_errors=True)
 
 
 def summary_with(**changes: Any) -> dict[str, Any]:
