@@ -9,7 +9,7 @@ Out:      checkpoints of both models
 
 The reference runs once over every pair, before training, and is then gone: its log-probabilities
 lie in `reference/`, with its hash. In a step the Thinker runs once a pair, and the Talker once over
-the prompt that both answers share. Watch `logps/chosen` and the sampled WER of `held_out`, not the
+the prompt that both answers share. Watch `logps/chosen` and the sampled WER of `spoken`, not the
 pair accuracy.
 """
 
@@ -32,7 +32,7 @@ from omni_train.data.tokenizer import load_tokenizer
 from omni_train.engine.deepspeed import build_engine
 from omni_train.engine.fit import fit
 from omni_train.engine.run import start_run
-from omni_train.evaluation.spoken_every import HeldOutConfig, HeldOutSpeech
+from omni_train.evaluation.spoken_every import SpokenConfig, SpokenEvaluation
 from omni_train.models.build import build_omni_for_training, format_build_report
 from omni_train.models.groups import format_group_table, select_groups
 from omni_train.objectives.preference import PreferenceConfig, preference
@@ -50,13 +50,13 @@ class TalkerDpoConfig(StageConfig):
         preference: the loss.
         reference_dir: where the reference's log-probabilities are kept; all ranks must see it.
             Empty means in the run.
-        held_out: speech sampled while training.
+        spoken: speech sampled while training.
     """
 
     data: SpeechDataConfig
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     reference_dir: str = ""
-    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
+    spoken: SpokenConfig = field(default_factory=SpokenConfig)
 
 
 def validate(cfg: TalkerDpoConfig, world_size: int) -> None:
@@ -101,12 +101,12 @@ def main(raw: DictConfig) -> None:
         loader = build_pair_loader(cfg.data, tokenizer, model.spec, model.talker.spec, run, table)
         engine = build_engine(model, groups, cfg.optim, cfg.deepspeed)
         step = partial(preference, config=cfg.preference)
-        if not cfg.held_out.tasks:
+        if not cfg.spoken.tasks:
             del replicas
             fit(engine, loader, step, cfg.fit, run)
             return
-        spoken = HeldOutSpeech(cfg.held_out, replicas, tokenizer, cfg.data.processing, run)
-        every = [(cfg.held_out.steps, spoken)]
+        spoken = SpokenEvaluation(cfg.spoken, replicas, tokenizer, cfg.data.processing, run)
+        every = [(cfg.spoken.every_steps, spoken)]
         fit(engine, loader, step, spoken.limit(cfg.fit), run, every=every)
 
 

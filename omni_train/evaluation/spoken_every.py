@@ -1,7 +1,7 @@
 """Speech sampled on held-out requests while training, and an end where it gets worse.
 
 An entry of fit's `every`: weights are gathered once into plain replicas, spoken and scored there as
-by `evaluate`; a `held_out` event has the step and the word error rate. Pair accuracy and loss do
+by `evaluate`; a `spoken` event has the step and the word error rate. Pair accuracy and loss do
 not tell: at this kind of training both can improve while every word is lost.
 """
 
@@ -23,35 +23,35 @@ from omni_train.evaluation.spoken import SpeechTask, evaluate_speech
 from omni_train.speech.speaking import Replicas
 from omni_train.tracking.events import read_jsonl
 
-_NAME = "held_out"
+_NAME = "spoken"
 
 
 @dataclass(kw_only=True, slots=True)
-class HeldOutConfig:
+class SpokenConfig:
     """What is spoken while training, how often, and when that ends the run.
 
     Args:
         tasks: held-out requests by name; none speaks nothing.
-        steps: global steps between.
+        every_steps: global steps between.
         max_rise: training ends where the word error rate, the mean over tasks, is so far above the
             best one so far; None never ends it.
     """
 
     tasks: dict[str, SpeechTask] = field(default_factory=dict)
-    steps: int = 100
+    every_steps: int = 100
     max_rise: float | None = 0.05
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or (self.max_rise is not None and self.max_rise < 0):
+        if self.every_steps < 1 or (self.max_rise is not None and self.max_rise < 0):
             raise ConfigError(
-                key="held_out",
-                value=(self.steps, self.max_rise),
-                rule="steps are at least 1, and max_rise is not negative",
+                key="spoken",
+                value=(self.every_steps, self.max_rise),
+                rule="every_steps is at least 1, and max_rise is not negative",
                 remedy="leave them out for the defaults",
             )
 
 
-class HeldOutSpeech:
+class SpokenEvaluation:
     """Speaks and scores; call it as an entry of `every`.
 
     Args:
@@ -63,7 +63,7 @@ class HeldOutSpeech:
 
     def __init__(
         self,
-        config: HeldOutConfig,
+        config: SpokenConfig,
         replicas: Replicas,
         tokenizer: PreTrainedTokenizerFast,
         processing: ProcessingConfig,

@@ -13,7 +13,7 @@ from typing import Any
 _NOT_CURVES = {"kind", "time", "elapsed_s", "step", "keys", "applied", "position", "best_step"}
 # State of the machine of rank 0, in a section of its own.
 _SYSTEM = {"peak_rss_mib", "peak_device_mib", "cpu_cores", "load", "disk_free_gib"}
-_HELD_OUT = ("heldout", "held_out")
+_HELD_OUT = ("heldout", "spoken")
 
 
 @dataclass(slots=True)
@@ -63,7 +63,9 @@ def read_curves(events: Sequence[dict[str, Any]]) -> list[CurvePoint]:
 def _figures(event: dict[str, Any]) -> dict[str, float]:
     kept = {key: value for key, value in event.items() if key not in _NOT_CURVES}
     if event["kind"] in _HELD_OUT:
-        return flatten(kept, "/".join(filter(None, ("heldout", str(event.get("task", ""))))) + "/")
+        return flatten(
+            kept, "/".join(filter(None, (event["kind"], str(event.get("task", ""))))) + "/"
+        )
     return flatten({f"system/{k}" if k in _SYSTEM else k: v for k, v in kept.items()})
 
 

@@ -162,12 +162,12 @@ def dpo_overrides(given: Path, pairs: Path, run_dir: Path, *extra: str) -> list[
     ]
 
 
-def held_out(given: Path, *settings: str) -> list[str]:
+def spoken_while_training(given: Path, *settings: str) -> list[str]:
     asr = f"{{kind: pocketsphinx, vocabulary: [{', '.join(VOCABULARY)}]}}"
     codec = f"{{path: '{given}/omni', kind: token2wav}}"
     sampling = f"{{max_codes: {MAX_CODES}, num_slots: 4}}"
     task = f"{{path: '{given}/spoken', codec: {codec}, asr: {asr}, sampling: {sampling}, limit: 2}}"
-    return [f"+held_out.tasks={{spoken: {task}}}", *(f"held_out.{text}" for text in settings)]
+    return [f"+spoken.tasks={{spoken: {task}}}", *(f"spoken.{text}" for text in settings)]
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def trained(given: Path, pairs: Path) -> Path:
     run_dir = given / "dpo"
     # A spoken set to be asked for while training; its codes are not looked at.
     shutil.copytree(pairs, given / "spoken")
-    spoken = held_out(given, "steps=2", "max_rise=null")
+    spoken = spoken_while_training(given, "every_steps=2", "max_rise=null")
     run("talker_dpo", dpo_overrides(given, pairs, run_dir, *spoken))
     return run_dir
 
@@ -191,8 +191,8 @@ def test_dpo_trains_the_talker_alone_and_prefers_the_chosen(trained: Path) -> No
     assert {"logps/chosen", "logps/rejected", "rewards/chosen"} <= set(last)
     (scored,) = events(trained, "reference")
     assert scored["pairs_scored"] > 4
-    assert [e["step"] for e in events(trained, "held_out")] == [2, 4]
-    assert all(e["stop"] is False for e in events(trained, "held_out"))
+    assert [e["step"] for e in events(trained, "spoken")] == [2, 4]
+    assert all(e["stop"] is False for e in events(trained, "spoken"))
 
 
 @pytest.mark.slow
@@ -248,11 +248,11 @@ def test_another_reference_is_refused_and_the_control_shares_it(
 def test_rising_word_errors_end_the_run_for_good(
     given: Path, pairs: Path, trained: Path, tmp_path: Path
 ) -> None:
-    ends = held_out(given, "steps=1", "max_rise=0.0")
+    ends = spoken_while_training(given, "every_steps=1", "max_rise=0.0")
     values = dpo_overrides(given, pairs, tmp_path / "run", *ends, "optim.lr=0.05")
     values = [value.replace(f"max_steps={STEPS}", "max_steps=30") for value in values]
     run("talker_dpo", values, ranks=1)
-    found = events(tmp_path / "run", "held_out")
+    found = events(tmp_path / "run", "spoken")
     stopped = [e["step"] for e in found if e["stop"]]
     assert stopped == [found[-1]["step"]]
     assert found[-1]["wer"] > min(e["wer"] for e in found)
