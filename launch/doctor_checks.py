@@ -190,7 +190,9 @@ def check_wandb(host: str = "api.wandb.ai", port: int = 443) -> list[Check]:
         socket.create_connection((host, port), timeout=_CONNECT_S).close()
     except OSError as error:
         text = f"{host} does not answer ({error}); runs are kept offline all the same"
-        return [Check("W&B", "warn", text, "upload later from where it does: wandb sync")]
+        return [
+            Check("W&B", "warn", text, "upload later from where it does: omni-train track sync")
+        ]
     return [Check("W&B", "pass", f"{host} answers; runs are written offline first")]
 
 

@@ -172,7 +172,9 @@ def describe_run(run: Path, job: JobState | None = None) -> RunRow:
     """
     state, log = read_state(run), run / "events.jsonl"
     started: dict[str, Any] = {}
+    latest = 0.0
     for event in read_jsonl(log):
+        latest = float(event.get("time", latest))
         if event.get("kind") in {"run_start", "run_resume", "fit_start"}:
             started |= event
     steps = read_steps(log)
@@ -188,7 +190,7 @@ def describe_run(run: Path, job: JobState | None = None) -> RunRow:
         ranks=started.get("ranks"),
         exit_code=state.get("exit_code"),
         reason=str(state.get("reason", "")),
-        changed=round(time.time() - log.stat().st_mtime, 1) if log.exists() else None,
+        changed=round(time.time() - latest, 1) if latest else None,
         job="" if job is None else str(job),
     )
 

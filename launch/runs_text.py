@@ -29,7 +29,7 @@ def print_list(rows: list[RunRow], root: Path) -> None:
     table = Table(show_edge=False, pad_edge=False, box=None, header_style="bold")
     table.add_column("run", overflow="fold")
     table.add_column("status", no_wrap=True)
-    for name in ("step", "loss", "tok/s", "ranks", "last event"):
+    for name in ("step", "loss", "tok/s", "ranks", "idle"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         place = Path(row.path)
@@ -38,7 +38,7 @@ def print_list(rows: list[RunRow], root: Path) -> None:
         table.add_row(
             Text(name),
             Text(f"{row.status}{code}", style=_COLOURS.get(row.status, "")),
-            str(row.step) if row.max_steps is None else f"{row.step}/{row.max_steps}",
+            str(row.step or "") if row.max_steps is None else f"{row.step}/{row.max_steps}",
             "" if row.loss is None else f"{row.loss:.4g}",
             "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}",
             "" if row.ranks is None else str(row.ranks),
@@ -65,8 +65,8 @@ def print_run(values: dict[str, Any]) -> None:
         "exit code": values["exit_code"],
         "reason": values["reason"],
         "steps": steps if values["events"] else "",
-        "loss": values["loss"],
-        "tokens/s": values["tokens_per_s"],
+        "loss": "" if values["loss"] is None else f"{values['loss']:.4g}",
+        "tokens/s": "" if values["tokens_per_s"] is None else f"{values['tokens_per_s']:,.0f}",
         "ranks": values["ranks"],
         "time": f"{values['seconds']:,.0f} s" if values["events"] else "",
         "job": values["job"],

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -166,11 +169,23 @@ def format_table(stages: tuple[Stage, ...] = STAGES) -> str:
         for stage in stages
     ]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [head, *rows]
-    ]
+    # What is too wide for the terminal goes on below, in its column.
+    room = max(60, shutil.get_terminal_size().columns) - 2 * (len(head) - 1)
+    while sum(widths) > room:
+        widths[widths.index(max(widths))] -= 1
+    lines = [line for row in [head, *rows] for line in _lines(row, widths)]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _lines(row: tuple[str, ...], widths: list[int]) -> list[str]:
+    cells = [
+        textwrap.wrap(cell, width, break_on_hyphens=False) or [""]
+        for cell, width in zip(row, widths, strict=True)
+    ]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in zip_longest(*cells, fillvalue="")
+    ]
 
 
 def format_stage(stage: Stage) -> str:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from omni_train.tracking.report_assets import COLORS, SCRIPT, STYLE
-from omni_train.tracking.report_data import RunFacts, Sound
+from omni_train.tracking.report_data import FIRST, Medium, RunFacts, Sound
+from omni_train.tracking.samples import MediaType
 
 _BOX_WIDTH, _BOX_HEIGHT, _GAP_X, _GAP_Y = 190, 40, 40, 14
 _FILLS = {
@@ -120,7 +121,7 @@ def _stage_table(runs: Sequence[RunFacts]) -> str:
             f'<a href="#{_text(run.anchor)}">{_text(run.name)}</a>',
             _text(run.stage),
             _state(run.state),
-            *(_number(v) for v in (run.steps, round(run.seconds / 60, 1), run.tokens)),
+            *(_number(v) for v in (run.steps or "", round(run.seconds / 60, 1), run.tokens or "")),
             *(_number(v) for v in (run.loss_first, run.loss_last)),
         ]
         for run in runs
@@ -132,14 +133,7 @@ def _run_section(run: RunFacts, charts: list[dict[str, Any]]) -> list[str]:
     parts = [f'<h2 id="{_text(run.anchor)}">{_text(run.name)} {_state(run.state)}</h2>']
     if run.reason:
         parts.append(f'<p class="failed">{_text(run.reason)}</p>')
-    if run.charts:
-        figures = []
-        for title, series in run.charts.items():
-            figures.append(_figure(len(charts), title, list(series)))
-            charts.append(
-                {"title": title, "series": [{"name": n, "points": p} for n, p in series.items()]}
-            )
-        parts.append(f'<div class="charts">{"".join(figures)}</div>')
+    parts += _curves(run, charts)
     if run.evaluations:
         head = ["task", "metric", "value", "samples"]
         rows = [[_text(e[k]) for k in ("task", "metric")] + [_number(e["value"]), _number(e["n"])]
@@ -152,6 +146,21 @@ def _run_section(run: RunFacts, charts: list[dict[str, Any]]) -> list[str]:
         table = _table(["key", f"before ({_text(run.before)})", "here"], rows)
         parts.append(f"<details><summary>Settings that differ ({len(rows)})</summary>{table}"
                      "</details>")  # fmt: skip
+    return parts
+
+
+def _curves(run: RunFacts, charts: list[dict[str, Any]]) -> list[str]:
+    """Figures of a run, those that nobody looks at first folded; their data go into `charts`."""
+    figures: dict[bool, list[str]] = {True: [], False: []}
+    for title, series in run.charts.items():
+        figures[title in FIRST].append(_figure(len(charts), title, list(series)))
+        charts.append(
+            {"title": title, "series": [{"name": n, "points": p} for n, p in series.items()]}
+        )
+    parts = [f'<div class="charts">{"".join(figures[True])}</div>'] if figures[True] else []
+    if figures[False]:
+        rest = f'<div class="charts">{"".join(figures[False])}</div>'
+        parts.append(f"<details><summary>More curves</summary>{rest}</details>")
     return parts
 
 
@@ -168,7 +177,7 @@ def _figure(number: int, title: str, names: list[str]) -> str:
     )
 
 
-def _player(sound: Sound) -> str:
+def _player(sound: Sound | Medium) -> str:
     return f'<audio controls preload="metadata" src="{sound.uri}"></audio>'
 
 
@@ -200,6 +209,18 @@ def _side_by_side(runs: Sequence[RunFacts]) -> list[str]:
     return ["<h2>The same texts, spoken by each</h2>", _table(head, rows)]
 
 
+def _cell(cell: str | float | Medium | None) -> str:
+    """A cell of a sample as HTML."""
+    if not isinstance(cell, Medium):
+        return "" if cell is None else _text(cell) if isinstance(cell, str) else _number(cell)
+    return {
+        MediaType.audio: _player(cell),
+        MediaType.image: f'<img class="sample" src="{cell.uri}" alt="">',
+        MediaType.video: f'<video class="sample" controls preload="metadata" src="{cell.uri}">'
+        "</video>",
+    }[cell.kind]
+
+
 def _samples(run: RunFacts) -> list[str]:
     parts = []
     if run.pairs:
@@ -226,6 +247,9 @@ def _samples(run: RunFacts) -> list[str]:
             for sound in run.sounds
         ]
         parts += ["<h3>Speech</h3>", _table(["", "text", "heard", "WER", "voice"], rows)]
+    for task, (columns, sampled) in run.samples.items():
+        table = _table([_text(name) for name in columns], [list(map(_cell, r)) for r in sampled])
+        parts += [f"<h3>Samples: {_text(task)}</h3>", table]
     for task, replies in run.replies.items():
         rows = [[_text(a), _text(b), "" if a == b else "&ne;"] for a, b in replies]
         table = _table(["reference", "reply", ""], rows)

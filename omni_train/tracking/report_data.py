@@ -17,14 +17,30 @@ from omni_train.data.candidates import HEARD_PAIRS_FILE
 from omni_train.engine.fingerprint import flatten as flatten_settings
 from omni_train.tracking.curves import flatten
 from omni_train.tracking.events import read_jsonl, read_steps
+from omni_train.tracking.samples import Cell, MediaType, media_type, read_tables
 
 MAX_POINTS = 1000
 MAX_SOUNDS = 8
 MAX_SOUND_BYTES = 2_000_000
 MAX_REPLIES = 12
 MAX_FAULTS = 200
-# Curves in the order of the page; what is not named here comes after them.
-_FIRST = ("loss", "metrics", "grad_norm", "tokens_per_s", "lr", "tokens_by_source", "seconds")
+MAX_SHOWN = 4
+# Curves in the order of the page; what is not named here comes after them, folded.
+FIRST = (
+    *("loss", "loss_source", "loss_task", "loss_modality", "metrics"),
+    *("grad_norm", "lr", "tokens_per_s", "seconds"),
+)
+_TYPES = {
+    ".wav": "audio/wav",
+    ".flac": "audio/flac",
+    ".mp3": "audio/mpeg",
+    ".png": "image/png",
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".webp": "image/webp",
+    ".mp4": "video/mp4",
+    ".webm": "video/webm",
+}
 _NO_CURVES = {"kind", "time", "elapsed_s", "step", "keys", "applied", "position"}
 # Events that a reader looks for when something went wrong.
 _FAULTS = {
@@ -63,6 +79,14 @@ class HeardPair:
 
 
 @dataclass(frozen=True, slots=True)
+class Medium:
+    """A file of a sample: what it is shown as, and an address that holds it."""
+
+    kind: MediaType
+    uri: str
+
+
+@dataclass(frozen=True, slots=True)
 class Fault:
     """An event that is not plain progress."""
 
@@ -86,6 +110,7 @@ class RunFacts:
         charts: title -> series -> [step, value] points.
         evaluations: task, metric, value, n.
         sounds, replies: samples; replies are (reference, reply) by task.
+        samples: by task, columns and rows of those whose media were kept.
         pictures: (caption, data URI).
         pairs: some of the preference pairs that it learnt from.
         faults: in order.
@@ -108,6 +133,7 @@ class RunFacts:
     evaluations: list[dict[str, Any]]
     sounds: list[Sound]
     replies: dict[str, list[tuple[str, str]]]
+    samples: dict[str, tuple[list[str], list[list[Any]]]]
     faults: list[Fault]
     unused: list[tuple[tuple[str, str], int]]
     pictures: list[tuple[str, str]] = field(default_factory=list)
@@ -158,6 +184,7 @@ def read_run(run_dir: Path, *, against: Path | None = None) -> RunFacts:
         evaluations=_evaluations(events),
         sounds=_sounds(run_dir, events),
         replies=_replies(run_dir),
+        samples=_samples(run_dir, events),
         faults=_faults(events),
         unused=ledger.most_common(50),
         before=against.name if against else "",
@@ -170,10 +197,12 @@ def _charts(steps: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[list[fl
     for step in steps:
         numbers = flatten({k: v for k, v in step.items() if k not in _NO_CURVES})
         for name, value in numbers.items():
-            title, _, series = name.partition("/")
+            # A group of metrics, such as loss_task/asr, has a picture of its own.
+            inner = name.removeprefix("metrics/")
+            title, _, series = (inner if "/" in inner else name).partition("/")
             points = found.setdefault(title, {}).setdefault(series or title, [])
             points.append([step["step"], value])
-    order = {name: place for place, name in enumerate(_FIRST)}
+    order = {name: place for place, name in enumerate(FIRST)}
     titles = sorted(found, key=lambda title: order.get(title, len(order)))
     return {
         title: {name: thin(points) for name, points in found[title].items()} for title in titles
@@ -248,6 +277,27 @@ def heard_pairs(folder: Path) -> list[HeardPair]:
 def data_uri(content: bytes, kind: str) -> str:
     """Return bytes as an address that holds them."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _samples(
+    run_dir: Path, events: Sequence[dict[str, Any]]
+) -> dict[str, tuple[list[str], list[list[Any]]]]:
+    found: dict[str, tuple[list[str], list[list[Any]]]] = {}
+    for title, table in read_tables(run_dir, events).items():
+        group, _, task = title.partition("/")
+        shown = table.rows[:MAX_SHOWN]
+        if group == "samples" and any(isinstance(cell, Path) for row in shown for cell in row):
+            found[task] = (table.columns, [[_inlined(cell) for cell in row] for row in shown])
+    return found
+
+
+def _inlined(cell: Cell) -> str | float | Medium | None:
+    if not isinstance(cell, Path):
+        return cell
+    kind = media_type(cell)
+    if kind is None or cell.stat().st_size > MAX_SOUND_BYTES:
+        return None
+    return Medium(kind, data_uri(cell.read_bytes(), _TYPES[cell.suffix.lower()]))
 
 
 def _replies(run_dir: Path) -> dict[str, list[tuple[str, str]]]:

@@ -113,7 +113,9 @@ def test_overrides_may_stand_after_options(monkeypatch: pytest.MonkeyPatch) -> N
     assert seen == [("text_lm", ["a=1", "b=2"], 2)]
 
 
-def test_every_stage_has_a_script(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_stage_has_a_script(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert cli.main(["stages", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     scripts = {path.stem for path in (REPO / "recipes").glob("*.py")} - {"__init__"}
@@ -121,8 +123,23 @@ def test_every_stage_has_a_script(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["stages", "show", "talker_dpo"]) == 0
     shown = capsys.readouterr().out
     assert "./run train talker_dpo" in shown
-    assert cli.main(["stages"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(stages.STAGES) + 2
+    for columns in (60, 80, 160):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert cli.main(["stages"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= columns
+    assert len(lines) == len(stages.STAGES) + 2
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "launch", "stages"]
+    try:
+        done = subprocess.run(command, cwd=REPO, stdout=write, stderr=subprocess.PIPE, check=False)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_config_reports_a_typo_with_the_stage_s_own_message(

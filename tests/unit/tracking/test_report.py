@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
+from PIL import Image
 
 from launch.cli import main
 from omni_train.tracking.events import JsonlWriter
 from omni_train.tracking.report_data import read_run, thin
+from omni_train.tracking.samples import MediaType
 
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -70,9 +72,10 @@ def make_pairs(folder: Path, evil: str) -> Path:
 def make_run(folder: Path, *, init_from: str = "", evil: str = "") -> Path:
     writer = JsonlWriter(folder / "events.jsonl")
     writer.write({"kind": "run_start", "time": 1.0, "stage": f"text_lm{evil}", "versions": {}})
+    rest = {"lr": {"llm": 0.1}, "metrics": {"loss_task/asr": 2.0}}
     for step in range(1, 41):
         loss: Any = float("nan") if step == 7 else 3.0 / step
-        writer.write({"kind": "step", "step": step, "loss": loss, "tokens": 10, "lr": {"llm": 0.1}})
+        writer.write({"kind": "step", "step": step, "loss": loss, "tokens": 10, **rest})
     writer.write({"kind": "non_finite", "step": 7, "rank": 1, "what": "loss", "keys": [f"k{evil}"]})
     said = {"text": f"river{evil}", "heard": "river", "wer": 0.5, "speaker": "v", "key": "k"}
     (folder / "audio").mkdir()
@@ -80,6 +83,10 @@ def make_run(folder: Path, *, init_from: str = "", evil: str = "") -> Path:
     soundfile.write(folder.parent / "outside.wav", np.zeros(160, np.float32), 16_000)
     for wave in ("audio/a.wav", "../outside.wav"):
         writer.write({"kind": "audio", "task": "tts", "wave": wave, **said})
+    Image.new("RGB", (40, 30), "red").save(folder / "picture.png")
+    asked = {"prompt": f"what?{evil}", "media": ["picture.png", "../outside.wav"], "score": 1.0}
+    reply = {"key": "k", "reference": f"a{evil}", "prediction": "b"}
+    writer.write({"kind": "sample", "task": f"vqa{evil}", **asked, **reply})
     score = {"task": f"asr{evil}", "metric": "wer", "value": 0.25, "num_samples": 8}
     writer.write({"kind": "evaluation", **score})
     writer.write({"kind": "run_end", "elapsed_s": 60.0, "status": "done", "step": 40})
@@ -112,6 +119,8 @@ def test_a_run_is_read_whole(tmp_path: Path) -> None:
     assert (facts.steps, facts.tokens, facts.seconds, facts.state) == (40, 400, 60.0, "done")
     # A step without a finite loss leaves a gap.
     assert [p[0] for p in facts.charts["loss"]["loss"]][5:8] == [6, 8, 9]
+    # Each group of metrics by itself.
+    assert facts.charts["loss_task"] == {"asr": [[step, 2.0] for step in range(1, 41)]}
     assert facts.charts["lr"] == {"llm": [[step, 0.1] for step in range(1, 41)]}
     assert facts.unused == [(("asr", "truncated"), 3)]
     assert [(f.step, f.kind) for f in facts.faults] == [(7, "non_finite")]
@@ -119,6 +128,10 @@ def test_a_run_is_read_whole(tmp_path: Path) -> None:
     # A wave outside of the run is no part of it.
     assert [sound.text for sound in facts.sounds] == ["river"]
     assert facts.replies == {"asr": [("a", "b")]}
+    columns, ((key, asked, picture, reference, *rest),) = facts.samples["vqa"]
+    assert columns == ["key", "prompt", "image", "reference", "prediction", "score"]
+    assert (key, asked, reference, rest) == ("k", "what?", "a", ["b", 1.0])
+    assert (picture.kind, picture.uri[:22]) == (MediaType.image, "data:image/png;base64,")
 
 
 def test_thinning_keeps_every_spike() -> None:
@@ -229,4 +242,5 @@ def test_a_browser_draws_zooms_plays_and_fits(page: Path) -> None:
     assert (result["zoomed"], result["back"], result["played"]) == (True, True, True), result
     assert result["overflow"] <= 0, result
     assert result["title"] != "owned"
-    assert result["images"] == 0, result
+    # The pictures of both runs, and none from elsewhere.
+    assert result["images"] == 2, result
