@@ -34,6 +34,7 @@ import xxhash
 from data_pipelines.shards import Sample, write_shards
 from omni_train.config.errors import ConfigError, DataError
 from omni_train.data.candidates import (
+    CANDIDATES_FILE,
     HEARD_PAIRS_FILE,
     RANKING_FILE,
     RECORDING,
@@ -41,7 +42,7 @@ from omni_train.data.candidates import (
     read_candidates,
     read_rows,
 )
-from omni_train.data.index import write_atomically
+from omni_train.data.index import hash_file, write_atomically
 from omni_train.data.tokenizer import load_tokenizer
 from omni_train.speech.codec import CODES_SUFFIX, MAX_CODES, parse_codes
 
@@ -148,6 +149,7 @@ def build_pairs(
     shown = list(maker.page_entries(tars))
     summary = {
         **job,
+        "candidates": hash_file(candidates / CANDIDATES_FILE),
         "pairs": manifest.num_samples,
         "reasons": dict(sorted(maker.reasons.items())),
         "ordered_by_pauses": maker.by_pauses,

@@ -111,3 +111,25 @@ def _add_artifact(run: WandbRun, artifact: ArtifactRecord) -> None:
             run.tables[name.removesuffix(".table.json")] = (table["columns"], rows)
         else:
             run.media[name] = path
+
+
+@dataclass
+class Origins:
+    """All that runs read (`used`) and made, which lead to one of them."""
+
+    used: set[str] = field(default_factory=set)
+    made: set[str] = field(default_factory=set)
+
+
+def origins(runs: dict[str, WandbRun], last: str) -> Origins:
+    """Follow the addresses back from a run to the data."""
+    makers = {address: name for name, run in runs.items() for address in run.made}
+    found, todo, seen = Origins(), [last], set()
+    while todo:
+        name = todo.pop()
+        if name not in seen:
+            seen.add(name)
+            found.used |= set(runs[name].used)
+            found.made |= set(runs[name].made)
+            todo += [makers[address] for address in runs[name].used if address in makers]
+    return found

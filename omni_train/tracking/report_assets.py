@@ -32,7 +32,7 @@ figcaption b { flex: 1 1 100%; } figcaption button { font: inherit; margin-left:
 canvas { width: 100%; height: 200px; display: block; touch-action: pan-y; cursor: crosshair; }
 audio { width: 100%; min-width: 180px; max-width: 320px; display: block; }
 img { max-width: 100%; height: auto; }
-.sample { max-width: 160px; max-height: 160px; display: block; }
+.sample { max-width: 160px; max-height: 160px; display: block; } video.sample { min-width: 160px; }
 svg { max-width: none; height: auto; } details { margin: 6px 0; } summary { cursor: pointer; }
 code { font-size: 0.85em; }
 @media (max-width: 420px) { .charts { grid-template-columns: 1fr; } body { padding: 10px; } }

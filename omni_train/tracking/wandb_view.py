@@ -81,9 +81,6 @@ def _alert(run: Any, run_dir: Path, events: list[dict[str, Any]]) -> None:
     if bad:
         steps = sorted({int(event["step"]) for event in bad})
         run.alert("Non-finite step", f"steps {steps}; the samples are in events.jsonl")
-    spikes = sorted({int(event["step"]) for event in events if event["kind"] == "spike"})
-    if spikes:
-        run.alert("Spike", f"loss or gradient norm far above the median at steps {spikes[:20]}")
     told = [event for event in events if event["kind"] in ("run_start", "run_resume", "run_end")]
     if not told:
         return

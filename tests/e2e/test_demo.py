@@ -25,7 +25,9 @@ from launch.local import child_environment
 from launch.stages import REPO
 from omni_train.tracking.events import read_jsonl
 from tests.recipes.launching import children_of, kill
+from tests.wandb_files import origins, read_wandb
 
+CANARY = "canary-2236067977"
 FOLLOWS = ("--thinker", "--preferences")
 
 
@@ -35,8 +37,9 @@ def trained(steps: tuple[Stage | Work, ...]) -> list[Stage]:
 
 def demo(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "launch", "demo", "--quick", "--name", name, *flags]
+    environment = {**child_environment(), "WANDB_API_KEY": CANARY}
     return subprocess.run(
-        command, cwd=REPO, env=child_environment(), capture_output=True, text=True, timeout=900
+        command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=900
     )
 
 
@@ -70,6 +73,45 @@ def check_stages(found: list[dict[str, Any]], training: list[Stage]) -> None:
         assert stage["seconds"] > 0
 
 
+def check_wandb(root: Path, last: str) -> None:
+    """The offline runs, read back: from the data to `last` nothing is missing, and no secret."""
+    runs = {path.parent.name: read_wandb(path) for path in sorted(root.glob("*/wandb"))}
+    assert set(runs) == {path.parent.name for path in root.glob("*/events.jsonl")}
+    assert len({run.id for run in runs.values()}) == len(runs)
+    assert {run.group for run in runs.values()} == {root.name}
+    reached = origins(runs, last)
+    assert any(address.startswith("omni-train://dataset/") for address in reached.used)
+    # Whatever is no data set was made by another run.
+    assert [a for a in reached.used - reached.made if "//dataset/" not in a] == []
+    holders = [p for p in root.rglob("*") if p.is_file() and CANARY.encode() in p.read_bytes()]
+    assert holders == []
+
+
+def check_sound(root: Path, stage: str, table: str) -> None:
+    """The media of a table are the run's own files, byte for byte."""
+    run = read_wandb(root / stage / "wandb")
+    columns, rows = run.tables[table]
+    heard = [run.media[row[columns.index("audio")]].read_bytes() for row in rows]
+    assert len(heard) >= 5
+    kept = {path.read_bytes() for path in (root / stage).rglob("*.wav")}
+    assert set(heard) <= kept
+
+
+def test_wandb_has_the_whole_chain_and_its_samples(done: tuple[Path, str, str]) -> None:
+    root = done[0]
+    check_wandb(root, "evaluate_audio_encoder")
+    check_wandb(root, "evaluate_vision_encoder")
+    check_sound(root, "evaluate_audio_encoder", "samples/asr")
+    run = read_wandb(root / "stage1_audio_encoder" / "wandb")
+    row = run.history[max(run.history)]
+    assert {"loss", "metrics/loss_source/asr", "system/cpu_cores", "system/peak_rss_mib"} <= set(
+        row
+    )
+    columns, rows = read_wandb(root / "evaluate_vision_encoder" / "wandb").tables["samples/caption"]
+    assert {"image", "prompt", "reference", "prediction", "score"} <= set(columns)
+    assert len(rows) == 8
+
+
 def test_summary_has_what_was_promised(done: tuple[Path, str, str]) -> None:
     root, _, output = done
     summary = json.loads((root / "summary.json").read_text())
@@ -80,6 +122,18 @@ def test_summary_has_what_was_promised(done: tuple[Path, str, str]) -> None:
     assert {"asr_wer_before_encoder", "asr_wer_stage1", "caption_accuracy"} <= set(metrics)
     assert all(wer <= 0.05 for wer in metrics["raw_speech_wer"].values())
     assert "all promises held" in output
+
+
+@pytest.mark.slow
+def test_wandb_reaches_from_the_data_to_the_last_stage(whole: Path) -> None:
+    check_wandb(whole, "evaluate_talker_speaker")
+    runs = {path.parent.name: read_wandb(path) for path in whole.glob("*/wandb")}
+    kinds = {a.split("/")[2] for a in origins(runs, "evaluate_talker_speaker").used}
+    assert kinds == {"dataset", "checkpoint", "codec", "candidates"}
+    for stage in ("evaluate_talker_icl", "evaluate_talker_speaker"):
+        for title in runs[stage].tables:
+            check_sound(whole, stage, title)
+    assert any(title.startswith("speech/") for title in runs["evaluate_talker_icl"].tables)
 
 
 @pytest.mark.slow
