@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.report import HEAD, Row, line_of
-from benchmarks.suite import BENCHMARKS, run, status_of
+from benchmarks.suite import BENCHMARKS, joined, run, status_of
 
 
 def main() -> int:
@@ -28,7 +28,9 @@ def main() -> int:
     )
     parser.add_argument("rows", nargs="*", metavar="ROW", help="such as B1; all of B without any")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--out", type=Path, help="write the JSON here too")
+    parser.add_argument(
+        "--out", type=Path, help="write the JSON here too; rows that were not asked for stay in it"
+    )
     parser.add_argument("--pairs", type=int, help="timed pairs a line; at least 5 by default")
     parser.add_argument(
         "--torchvision", type=Path, help="directory with one, for B3; see benchmarks/b03_encode.py"
@@ -38,11 +40,12 @@ def main() -> int:
     if unknown := [row for row in rows if row not in BENCHMARKS]:
         parser.error(f"there is no row {', '.join(unknown)}; one of {', '.join(BENCHMARKS)}")
     record = run(rows, pairs=args.pairs, torchvision=args.torchvision)
-    text = json.dumps(record, indent=1) + "\n"
     if args.out:
-        args.out.write_text(text, encoding="ascii")
+        before = json.loads(args.out.read_text()) if args.out.exists() else {}
+        whole = joined(before, record) if before else record
+        args.out.write_text(json.dumps(whole, indent=1) + "\n", encoding="ascii")
     if args.json:
-        sys.stdout.write(text)
+        sys.stdout.write(json.dumps(record, indent=1) + "\n")
         return status_of(record)
     print(HEAD)
     for row in rows:

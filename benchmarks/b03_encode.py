@@ -25,7 +25,7 @@ import torch
 
 from benchmarks import media
 from benchmarks.operators import HAS_TORCHVISION
-from benchmarks.report import Row, compare, mean_row, not_taken, parser, show
+from benchmarks.report import NO_TORCHVISION, Row, compare, mean_row, not_taken, parser, show
 from omni_train.data.chatml import DEFAULT_SYSTEM, count_text_tokens, media_pieces
 from omni_train.data.encode import encode
 from omni_train.data.image import normalize_patches
@@ -185,8 +185,7 @@ def main() -> int:
     torch.set_num_threads(1)
     peer = build_peer()
     if peer is None:
-        reason = "the peer needs torchvision; see the head of benchmarks/b03_encode.py"
-        return not_taken(reason, as_json=args.json)
+        return not_taken(NO_TORCHVISION, as_json=args.json)
     rows: list[Row] = []
     for case in cases():
         check_equal(case, peer)

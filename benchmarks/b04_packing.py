@@ -14,6 +14,7 @@ supervised, as an answer is. Losses and gradients are compared first.
 
 from __future__ import annotations
 
+import copy
 import statistics
 import sys
 from collections.abc import Sequence
@@ -91,7 +92,8 @@ def padded(model: Peer, batches: Sequence[Sequence[EncodedSample]]) -> Tensor:
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         count = (labels[:, 1:] != IGNORE_INDEX).sum()
         # Its loss is a mean; summed again, batches of other sizes weigh the same.
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss * count
+        out = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False)
+        loss = out.loss * count
         loss.backward()
         total += loss.detach()
     return total
@@ -107,7 +109,9 @@ def packed(model: Peer, packs: Sequence[Sequence[EncodedSample]]) -> Tensor:
         labels = labels.where(restart > 0, IGNORE_INDEX)[None]
         count = (labels[:, 1:] != IGNORE_INDEX).sum()
         positions = restart.expand(4, 1, -1)
-        loss = model(input_ids=ids, position_ids=positions, labels=labels).loss * count
+        # With a cache transformers would not look for packs, and documents would see each other.
+        out = model(input_ids=ids, position_ids=positions, labels=labels, use_cache=False)
+        loss = out.loss * count
         loss.backward()
         total += loss.detach()
     return total
@@ -143,7 +147,8 @@ def main() -> int:
     model = build_thinker(
         ModelConfig(tokenizer="in memory"), tokenizer, seed=0, dtype=torch.float32
     )
-    peer = Peer(model.thinker.config)
+    # A config of its own: which attention is used is written into it.
+    peer = Peer(copy.deepcopy(model.thinker.config))
     peer.load_state_dict(model.thinker.state_dict())
     peer.set_attn_implementation("sdpa")
     model.train()

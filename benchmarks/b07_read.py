@@ -1,4 +1,4 @@
-"""B7: samples out of local shards, against plain webdataset: raw, and decoded by two workers.
+"""B7: samples out of local shards, against webdataset and `datasets`: raw, and decoded.
 
     python -m benchmarks.b07_read [--json]
 
@@ -7,20 +7,24 @@ webdataset reads each tar from end to end and verifies nothing. Decoded: the sam
 pictures into pixels and sound into 16 kHz waves on both sides, in two worker processes each, and
 the values arrive in the main process: ours as packs, the peer's one by one, as its loader gives
 them, and in a row of its own packed by our function. Amounts are compared before anything is timed.
+The same again in processor seconds of all processes, which other work on the machine changes less.
 The shards have been read once, so they are in the machine's cache.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import webdataset as wds
+from datasets import load_dataset
 from torch import Tensor
 
 from benchmarks import media
@@ -38,6 +42,7 @@ WORKERS = 2
 PACK = 16
 SECONDS = 1.0
 Place = tuple[str, IndexRow]
+TOKENIZER = train_tokenizer(["what is it, an example"], vocab_size=320)
 
 
 def write_corpus(root: Path, *, num_samples: int, num_shards: int) -> list[Path]:
@@ -56,8 +61,7 @@ def write_corpus(root: Path, *, num_samples: int, num_shards: int) -> list[Path]
             ]
             yield Sample(f"{number:06d}", {"messages": messages}, {name: data})
 
-    tokenizer = train_tokenizer(["what is it, an example"], vocab_size=320)
-    write_shards(samples(), root, tokenizer=tokenizer, samples_per_shard=num_samples // num_shards)
+    write_shards(samples(), root, tokenizer=TOKENIZER, samples_per_shard=num_samples // num_shards)
     return sorted(root.glob("shard-*.tar"))
 
 
@@ -78,6 +82,19 @@ def read_peer(shards: list[Path]) -> tuple[int, int]:
         json.loads(sample["json"])
         count += 1
         size += sum(len(sample[name]) for name in ("0.wav", "0.jpg") if name in sample)
+    return count, size
+
+
+def read_streaming(shards: list[Path]) -> tuple[int, int]:
+    """Return the same, read by `datasets` as a stream, media left as bytes."""
+    count = size = 0
+    found = load_dataset(
+        "webdataset", data_files=[str(path) for path in shards], split="train", streaming=True
+    )
+    for sample in found.decode(enable=False):
+        count += 1
+        media = [sample[name] for name in ("0.wav", "0.jpg") if sample.get(name)]
+        size += sum(len(one["bytes"]) for one in media)
     return count, size
 
 
@@ -151,11 +168,12 @@ def received(loader: Iterable[Any]) -> tuple[int, int]:
     return pixels, samples
 
 
-def decoding_row(
+def decoding_rows(
     places: list[Place], shards: list[Path], *, packed: bool, goal: float, pairs: int
-) -> Row:
+) -> list[Row]:
     """Compare the two loaders with their workers running; they are idle while the other's work."""
     loader = peer_loader(shards, packed=packed)
+    name = f"decoded, {WORKERS} workers" + (", peer packed alike" if packed else "")
     with Prefetcher(
         decode_pack,
         num_workers=WORKERS,
@@ -163,14 +181,29 @@ def decoding_row(
         describe=lambda pack, number: pack[number][1].key,
     ) as workers:
         assert decode_ours(places, workers) == received(loader), "different amounts decoded"
-        return compare(
-            f"decoded, {WORKERS} workers" + (", peer packed alike" if packed else ""),
-            lambda: decode_ours(places, workers),
-            lambda: received(loader),
-            goal=goal,
-            pairs=pairs,
-            items=len(places),
-        )
+        options = {"pairs": pairs, "items": len(places)}
+        sides = (lambda: decode_ours(places, workers), lambda: received(loader))
+        return [
+            compare(name, *sides, goal=goal, **options),
+            compare(f"{name}, processor", *sides, goal=0.0, **options, clock=processor_seconds),
+        ]
+
+
+def processor_seconds() -> float:
+    """Return the processor time of this process and all below it that are alive."""
+    times: dict[int, float] = {}
+    parents: dict[int, int] = {}
+    tick = os.sysconf("SC_CLK_TCK")
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            fields = path.read_text().rpartition(")")[2].split()
+            number = int(path.parent.name)
+            parents[number] = int(fields[1])
+            times[number] = (int(fields[11]) + int(fields[12])) / tick
+    ours = {os.getpid()}
+    while more := {number for number, parent in parents.items() if parent in ours} - ours:
+        ours |= more
+    return sum(times[number] for number in ours)
 
 
 def main() -> int:
@@ -183,21 +216,26 @@ def main() -> int:
         shards = write_corpus(Path(folder), num_samples=args.samples, num_shards=4)
         places = [(str(path), row) for path in shards for row in read_index(index_path(path))]
         assert read_ours(places) == read_peer(shards), "the two read different bytes"
-        rows = [
-            compare(
-                "raw reading, samples",
-                lambda: read_ours(places),
-                lambda: read_peer(shards),
-                goal=5.0,
-                pairs=args.pairs,
-                items=args.samples,
+        amount = read_ours(places)
+        rows = []
+        for name, run, goal in (
+            ("webdataset", read_peer, 5.0),
+            ("datasets streaming", read_streaming, 0.0),
+        ):
+            assert run(shards) == amount, f"{name} reads other bytes"
+            rows.append(
+                compare(
+                    f"raw reading, samples, {name}",
+                    lambda: read_ours(places),
+                    lambda run=run: run(shards),
+                    goal=goal,
+                    pairs=args.pairs,
+                    items=args.samples,
+                )
             )
-        ]
-        rows += [
-            decoding_row(places, shards, packed=packed, goal=goal, pairs=args.pairs)
-            for packed, goal in ((False, 1.3), (True, 1.0))
-        ]
-    return show(rows, ("webdataset", "torch", "av", "soundfile"), [], as_json=args.json)
+        for packed, goal in ((False, 1.3), (True, 1.0)):
+            rows += decoding_rows(places, shards, packed=packed, goal=goal, pairs=args.pairs)
+    return show(rows, ("webdataset", "datasets", "torch", "av", "soundfile"), [], as_json=args.json)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from importlib.metadata import version
 
 PAIRS = 5
 MISSED, NOT_TAKEN = 1, 66
+NO_TORCHVISION = "the peer needs torchvision; see the head of benchmarks/b03_encode.py"
+NO_GPU = "needs one NVIDIA GPU, and torch finds none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ def compare(
     items: int = 0,
     before: Callable[[], object] = lambda: None,
     repeats: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Row:
     """Time both sides in turn and return the row; each runs once before, untimed.
 
@@ -69,13 +72,14 @@ def compare(
         items: things handled by one call, to show a rate; 0 shows milliseconds.
         before: called, untimed, before each timing of either side.
         repeats: calls of either side in one timing, for work that is short.
+        clock: gives seconds; wall time by default.
     """
 
     def both() -> tuple[float, float]:
         before()
-        mine = _seconds(ours, repeats)
+        mine = _seconds(ours, repeats, clock)
         before()
-        return mine, _seconds(peer, repeats)
+        return mine, _seconds(peer, repeats, clock)
 
     both()
     times = [both() for _ in range(pairs)]
@@ -91,7 +95,7 @@ def compare(
 def limit(name: str, work: Callable[[], object], *, most_ms: float, times: int = PAIRS) -> Row:
     """Time one side against a limit in milliseconds; the ratio is limit over time."""
     work()
-    taken = [_seconds(work, 1) * 1e3 for _ in range(times)]
+    taken = [_seconds(work) * 1e3 for _ in range(times)]
     middle = statistics.median(taken)
     low, high = most_ms / max(taken), most_ms / min(taken)
     return Row(name, middle, most_ms, "ms", most_ms / middle, low, high, 1.0)
@@ -154,8 +158,10 @@ def line_of(row: Row) -> str:
     )
 
 
-def _seconds(work: Callable[[], object], repeats: int) -> float:
-    start = time.perf_counter()
+def _seconds(
+    work: Callable[[], object], repeats: int = 1, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    start = clock()
     for _ in range(repeats):
         work()
-    return (time.perf_counter() - start) / repeats
+    return (clock() - start) / repeats

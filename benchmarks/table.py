@@ -33,12 +33,12 @@ def table(record: dict[str, Any]) -> str:
     found = record["benchmarks"]
     lines.append("")
     lines += [f"{row} not taken: {f['not_taken']}." for row, f in found.items() if "not_taken" in f]
-    loads = [load for f in found.values() for load in f["load"]]
+    loads = [load for f in found.values() for load in f["load"]] or [0.0]
     versions = {name: v for f in found.values() for name, v in f["versions"].items()}
     lines.append(
-        f"Taken in {record['seconds'] / 60:.0f} minutes on {record['cores']} cores, of which "
-        f"{min(loads):.0f} to {max(loads):.0f} processes wanted one. Medians of pairs that took "
-        "turns; the ratio says how many times better ours is, of rates and of times alike."
+        f"Taken in {record['seconds'] / 60:.0f} minutes on {record['cores']} cores, which "
+        f"{min(loads):.0f} to {max(loads):.0f} processes wanted. Medians of pairs that took turns; "
+        "the ratio says how many times better ours is, of rates and of times alike."
     )
     lines.append(", ".join(f"{name} {v}" for name, v in sorted(versions.items())) + ".")
     return "\n".join(lines)

@@ -44,8 +44,17 @@ CODES = 60
 class Peer:
     """transformers' Talker with the same weights, and the requests as its `generate` wants them."""
 
-    def __init__(self, talker: Talker, states: list[Tensor], layouts: list[TalkerLayout]) -> None:
-        self.model = Qwen2_5OmniTalkerForConditionalGeneration(talker.config).eval()
+    def __init__(
+        self,
+        talker: Talker,
+        states: list[Tensor],
+        layouts: list[TalkerLayout],
+        *,
+        codes: int = CODES,
+    ) -> None:
+        self.codes, weight = codes, talker.codec_head.weight
+        self.device = weight.device
+        self.model = Qwen2_5OmniTalkerForConditionalGeneration(talker.config).eval().to(weight)
         self.model.model.set_attn_implementation("sdpa")
         weights = talker.state_dict()
         kept = {name: weights[name] for name in self.model.state_dict()}
@@ -63,10 +72,11 @@ class Peer:
             self.rows.append((embeds, stream))
 
     def generate(self, numbers: list[int], **options: Any) -> Tensor:
-        """Return codes int64 [requests, CODES]."""
+        """Return codes int64 [requests, codes]."""
         embeds = [self.rows[number][0] for number in numbers]
         longest = max(row.shape[0] for row in embeds) + (len(numbers) == 1)
-        mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in embeds])
+        rows = [[0] * (longest - len(r)) + [1] * len(r) for r in embeds]
+        mask = torch.tensor(rows, device=self.device)
         padded = torch.stack(
             [torch.nn.functional.pad(r, (0, 0, longest - len(r), 0)) for r in embeds]
         )
@@ -76,7 +86,7 @@ class Peer:
         reply = pad_sequence(
             [torch.cat([s, s[-1:].expand(size - len(s), -1)]) for s in streams], batch_first=True
         )
-        prompt = torch.full((len(numbers), longest), self.controls[0])
+        prompt = torch.full((len(numbers), longest), self.controls[0], device=self.device)
         prompt[:, -2], prompt[:, -1] = self.controls[1:]
         out: Tensor = self.model.generate(
             input_ids=prompt,
@@ -86,7 +96,7 @@ class Peer:
             attention_mask=mask,
             suppress_tokens=self.suppressed,
             pad_token_id=self.pad,
-            max_new_tokens=CODES,
+            max_new_tokens=self.codes,
             repetition_penalty=1.05,
             **options,
         )
@@ -94,21 +104,23 @@ class Peer:
 
     def alone(self, **options: Any) -> Tensor:
         """One request after the other."""
-        return torch.cat([self.generate([number], **options) for number in range(REQUESTS)])
+        return torch.cat([self.generate([number], **options) for number in range(len(self.rows))])
 
     def batched(self, **options: Any) -> Tensor:
         """All at once."""
-        return self.generate(list(range(REQUESTS)), **options)
+        return self.generate(list(range(len(self.rows))), **options)
 
 
-def make_layouts(talker: Talker) -> tuple[list[Tensor], list[TalkerLayout]]:
-    """Random states [T, E] of dialogues of 20 to 51 tokens, and where they go."""
+def make_layouts(talker: Talker, count: int = REQUESTS) -> tuple[list[Tensor], list[TalkerLayout]]:
+    """Random states [T, E] of dialogues of 20 tokens and more, and where they go."""
     rng = torch.Generator().manual_seed(0)
+    weight = talker.codec_head.weight
     states, layouts = [], []
-    for number in range(REQUESTS):
-        prompt, reply = 15 + number, 5 + number % 7
+    for number in range(count):
+        prompt, reply = 15 + number % REQUESTS, 5 + number % 7
         total = prompt + reply
-        states.append(torch.randn(total, talker.config.embedding_size, generator=rng))
+        state = torch.randn(total, talker.config.embedding_size, generator=rng)
+        states.append(state.to(weight))
         spoken = SpokenReply(
             position_ids=torch.arange(total).expand(3, -1),
             prompt_length=prompt,

@@ -461,5 +461,6 @@ def _mono(frame: AudioFrame) -> NDArray[np.float32]:
         scaled = values.astype(np.float32) / 2.0 ** (8 * values.dtype.itemsize - 1)
     else:
         scaled = values.astype(np.float32)
-    mono: NDArray[np.float32] = scaled.mean(axis=0, dtype=np.float32)
+    # One channel is its own mean; asking for it takes longer than decoding the frame.
+    mono: NDArray[np.float32] = scaled[0] if len(scaled) == 1 else scaled.mean(axis=0)
     return mono

@@ -27,9 +27,10 @@ from omni_train.models.attention import (
 from omni_train.models.sequence_parallel import SequenceParallel
 from omni_train.models.weights import BuildReport
 
-# Vocabulary columns of one tile of logits; with TRL's 4,096 rows a bf16 tile takes 32 MiB. On a CPU
-# some eight tiles in fp32 are alive at once.
+# Vocabulary columns of one tile of logits; with TRL's 4,096 rows a bf16 tile takes 32 MiB.
 LOGPROB_CHUNK = 4096
+# On a CPU a tile is read and written a dozen times in fp32: a small one stays nearer.
+CPU_LOGPROB_CHUNK = 1024
 
 
 class LogProbHead(nn.Linear):
@@ -55,8 +56,9 @@ class LogProbHead(nn.Linear):
         """
         if targets is None:
             return super().forward(hidden)
+        chunk = LOGPROB_CHUNK if hidden.is_cuda else min(LOGPROB_CHUNK, CPU_LOGPROB_CHUNK)
         logprobs: Tensor = ChunkedLogProbFunction.apply(
-            hidden, self.weight, self.bias, targets, 1.0, LOGPROB_CHUNK, None, 1.0, ()
+            hidden, self.weight, self.bias, targets, 1.0, chunk, None, 1.0, ()
         )[0]
         if not score:
             return logprobs

@@ -53,11 +53,8 @@ def test_a_pair_is_a_ratio_and_its_range() -> None:
         for _ in range(ticks):
             next(clock)
 
-    original, report.time.perf_counter = report.time.perf_counter, lambda: float(next(clock))
-    try:
-        row = report.compare("", lambda: takes(1), lambda: takes(5), goal=2.5, pairs=3)
-    finally:
-        report.time.perf_counter = original
+    sides = (lambda: takes(1), lambda: takes(5))
+    row = report.compare("", *sides, goal=2.5, pairs=3, clock=lambda: float(next(clock)))
     assert (row.ours, row.peer, row.ratio, row.low, row.high) == (2000.0, 6000.0, 3.0, 3.0, 3.0)
     assert row.passed
     assert not report.Row("", 1, 2, "", 2.0, 2.0, 2.0, 2.5).passed
@@ -84,6 +81,18 @@ def test_exit_status_of_the_table() -> None:
     assert suite.status_of(record(line("B1", 3.0, 2.0), line("B2", 3.0, 4.0))) == report.MISSED
     missing = record(line("B1", 3.0, 2.0), not_taken="no GPU")
     assert suite.status_of(missing) == report.NOT_TAKEN
+
+
+def test_rows_taken_at_another_time_stay() -> None:
+    before = record(line("B1", 3.0, 2.0), line("B12", 1.0, 1.0))
+    both = suite.joined(before, record(line("B2", 5.0, 2.0), line("B1", 4.0, 2.0)))
+    assert [(one["row"], one["ratio"]) for one in both["rows"]] == [
+        ("B1", 4.0),
+        ("B2", 5.0),
+        ("B12", 1.0),
+    ]
+    assert list(both["benchmarks"]) == ["B1", "B2", "B12"]
+    assert both["seconds"] == 180
 
 
 def test_the_table_goes_between_its_marks_and_is_checked(tmp_path: Path) -> None:
