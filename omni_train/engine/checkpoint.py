@@ -192,7 +192,8 @@ class CheckpointWriter:
 
         def write() -> dict[str, FileRecord]:
             written = [temporary / files.rank_file(world.rank, "safetensors")]
-            save_file(snapshot.tensors, str(written[0]))
+            with self._run.faults.during("save", snapshot.step):
+                save_file(snapshot.tensors, str(written[0]))
             written.append(temporary / files.rank_file(world.rank, "json"))
             written[1].write_text(json.dumps(snapshot.rng), encoding="utf-8")
             if world.rank == 0:

@@ -116,6 +116,18 @@ def new_group() -> dist.ProcessGroup | None:
     return dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
 
+def shared_store(name: str) -> Any | None:
+    """Return torch's store of keys that all ranks share under `name`; None for one rank.
+
+    The launcher keeps them, so they can be read whatever state the other ranks are in.
+    """
+    if get_world().size == 1:
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False)  # type: ignore[attr-defined]
+    return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+
+
 def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Return every rank's JSON-able `value`, in rank order, on every rank.
 

@@ -35,6 +35,8 @@ NOT_IDENTITY = (
     "fit.milestone_steps",
     "fit.max_skipped_steps",
     "fit.spikes",
+    "fit.watch",
+    "fit.fault",
     "heldout",
     "cluster",
     "data.num_workers",

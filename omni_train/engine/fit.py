@@ -14,13 +14,17 @@ from omni_train.engine.checkpoint import CheckpointWriter, restore_latest
 from omni_train.engine.deepspeed import Engine
 from omni_train.engine.distributed import gather_json, sum_over_ranks
 from omni_train.engine.exit_codes import ExitCode, RunError
+from omni_train.engine.faults import Faults
 from omni_train.engine.fit_config import FitConfig
 from omni_train.engine.hashing import group_hashes
-from omni_train.engine.progress import Clock, log_step, report_non_finite
+from omni_train.engine.phases import Phases
+from omni_train.engine.progress import log_step, report_non_finite
 from omni_train.engine.run import Run
 from omni_train.engine.spikes import SpikeWatch, rewind, skip_step
+from omni_train.engine.stragglers import StragglerWatch
 from omni_train.engine.types import Loader, StepItem
 from omni_train.engine.vote import Report, Verdict, local_report, verdict_of
+from omni_train.engine.watchdog import Watchdog
 from omni_train.objectives.types import StepFunction, StepOutput
 
 Every = Sequence[tuple[int, Callable[[Engine, int], bool | None]]]
@@ -52,11 +56,14 @@ def fit(
         DataError: the loader counted too many unusable samples.
     """
     keep, milestones = cfg.keep_checkpoints, cfg.milestone_steps
+    run.faults = Faults(cfg.fault, run.world)
+    phases = Phases(run.faults)
     with (
         run.stop.deferred(),
+        Watchdog(cfg.watch, run, phases),
         CheckpointWriter(engine, run, keep=keep, milestone_steps=milestones) as writer,
     ):
-        _fit(engine, loader, step, cfg, run, every, writer)
+        _fit(engine, loader, step, cfg, run, every, writer, phases)
 
 
 def _fit(
@@ -67,15 +74,17 @@ def _fit(
     run: Run,
     every: Every,
     writer: CheckpointWriter,
+    phases: Phases,
 ) -> None:
     saved = _start(engine, loader, cfg, run)
     skipped, metrics, watch = 0, {}, SpikeWatch(cfg.spikes, run)
+    stragglers = StragglerWatch(cfg.watch.slow_ratio, run)
     engine.model.train()
     items = iter(loader.steps()) if engine.step < cfg.max_steps else iter(())
     stopped = False
     while engine.step < cfg.max_steps and not stopped:
-        clock = Clock()
-        with clock.part("data"):
+        phases.next_step(engine.step + 1)
+        with phases.part("data"):
             item = next(items, None)
         if item is None:
             run.event("data_end", step=engine.step)
@@ -83,9 +92,10 @@ def _fit(
         if engine.step + 1 in cfg.spikes.skip_steps:
             skip_step(engine, item, run)
             continue
-        verdict, lrs = _global_step(engine, item, step, cfg, run, clock)
-        metrics = log_step(run, item, verdict, lrs, clock, log_steps=cfg.log_steps)
+        verdict, lrs = _global_step(engine, item, step, cfg, run, phases)
+        metrics = log_step(run, item, verdict, lrs, phases, log_steps=cfg.log_steps)
         watch.see(verdict, item)
+        stragglers.see(verdict.own)
         loader.count_bad(verdict.bad_samples, num_samples=verdict.num_samples)
         skipped = 0 if verdict.finite else skipped + 1
         if skipped > cfg.max_skipped_steps:
@@ -93,17 +103,20 @@ def _fit(
             raise RunError(ExitCode.non_finite, f"{reason}; see the non_finite events for samples")
         stop = verdict.stop if engine.step < cfg.max_steps else ""
         if stop or engine.step % cfg.save_steps == 0:
-            saved = writer.save(loader_state=loader.state(), metrics=metrics)
+            with phases.part("checkpoint"):
+                saved = writer.save(loader_state=loader.state(), metrics=metrics)
         if stop:
             reason = f"asked to stop by {stop}; saved step {engine.step}"
             raise RunError(ExitCode.preempted, f"{reason}; the same command goes on from there")
         for interval, function in every:
             if engine.step % interval == 0:
-                stopped = bool(function(engine, engine.step)) or stopped
+                with phases.part("every"):
+                    stopped = bool(function(engine, engine.step)) or stopped
                 engine.model.train()
-    if saved != engine.step:
-        writer.save(loader_state=loader.state(), metrics=metrics)
-    writer.finish()
+    with phases.part("checkpoint"):
+        if saved != engine.step:
+            writer.save(loader_state=loader.state(), metrics=metrics)
+        writer.finish()
     run.event("fit_end", step=engine.step, hashes=group_hashes(engine))
 
 
@@ -127,7 +140,12 @@ def _start(engine: Engine, loader: Loader, cfg: FitConfig, run: Run) -> int:
 
 
 def _global_step(
-    engine: Engine, item: StepItem, step: StepFunction, cfg: FitConfig, run: Run, clock: Clock
+    engine: Engine,
+    item: StepItem,
+    step: StepFunction,
+    cfg: FitConfig,
+    run: Run,
+    phases: Phases,
 ) -> tuple[Verdict, dict[str, float]]:
     """Run all micro-batches of a global step and update if every rank agrees that it may."""
     model, batches = engine.model, item.micro_batches
@@ -137,21 +155,22 @@ def _global_step(
     outputs: list[StepOutput] = []
     for number, batch in enumerate(batches, start=1):
         model.set_gradient_accumulation_boundary(number == len(batches))
-        with clock.part("forward"):
+        with phases.part("forward"):
             output = step(model, batch.to(run.world.device))
+            output.loss = run.faults.poisoned(output.loss, engine.step + 1)
         if output.num_tokens != batch.num_target_tokens:
             counts = f"{output.num_tokens} against {batch.num_target_tokens}"
             raise RunError(ExitCode.bug, f"objective and batch count other tokens: {counts}")
-        with clock.part("backward"):
+        with phases.part("backward"):
             model.backward(output.loss * scale, scale_wrt_gas=False)
         output.loss = output.loss.detach()
         outputs.append(output)
-    with clock.part("vote"):
-        report = local_report(engine, outputs, batches, stop=run.stop.name)
+    with phases.part("vote"):
+        report = local_report(engine, outputs, batches, stop=run.stop.name, own=phases.own)
         verdict = verdict_of([Report(**rank) for rank in gather_json(report.as_dict())], num_tokens)
     engine.step += 1
     run.step = engine.step
-    with clock.part("update"):
+    with phases.part("update"):
         lrs = engine.set_lr(step=engine.step - 1, max_steps=cfg.max_steps)
         if verdict.finite and num_tokens:
             model.step()

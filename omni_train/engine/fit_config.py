@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from omni_train.config.errors import ConfigError
+from omni_train.engine.faults import FaultConfig, FaultKind
 from omni_train.engine.spikes import SpikeConfig
+from omni_train.engine.watchdog import WatchConfig
 
 
 @dataclass(kw_only=True, slots=True)
@@ -20,6 +22,8 @@ class FitConfig:
         milestone_steps: checkpoints whose step this divides are kept for ever; 0 for none.
         max_skipped_steps: non-finite steps in a row after which the run stops (exit code 76).
         spikes: when to alert, and steps to go back to or to leave out by hand.
+        watch: when a rank hangs, or is slower than the others.
+        fault: what goes wrong on purpose, to see what the run makes of it.
     """
 
     max_steps: int
@@ -29,6 +33,8 @@ class FitConfig:
     milestone_steps: int = 0
     max_skipped_steps: int = 5
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    fault: FaultConfig = field(default_factory=FaultConfig)
 
     def __post_init__(self) -> None:
         lowest = {"max_steps": 1, "save_steps": 1, "log_steps": 1, "keep_checkpoints": 2}
@@ -47,4 +53,11 @@ class FitConfig:
                 value=self.milestone_steps,
                 rule=f"nothing is saved there: fit.save_steps={self.save_steps}",
                 remedy="give a multiple of it",
+            )
+        if self.fault.kind is not FaultKind.none and self.fault.step > self.max_steps:
+            raise ConfigError(
+                key="fit.fault.step",
+                value=self.fault.step,
+                rule=f"never reached: fit.max_steps={self.max_steps}",
+                remedy="give an earlier step",
             )

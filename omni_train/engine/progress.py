@@ -9,38 +9,18 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 
 from omni_train.engine.distributed import gather_json
+from omni_train.engine.phases import Phases
 from omni_train.engine.run import Run, log
+from omni_train.engine.stragglers import spread
 from omni_train.engine.types import MicroBatch, StepItem
 from omni_train.engine.vote import Verdict
 from omni_train.planning.constants import known_hardware, load_hardware
-
-
-@dataclass(slots=True)
-class Clock:
-    """Host seconds by part of a step; on a GPU the vote waits for the device.
-
-    Args:
-        seconds: by name of the part.
-        cpu_begun_s: processor time of this process, threads included, when the step began.
-    """
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    cpu_begun_s: float = field(default_factory=time.process_time)
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Add the time of the block to `name`."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 @cache
@@ -77,12 +57,12 @@ def log_step(
     item: StepItem,
     verdict: Verdict,
     lrs: dict[str, float],
-    clock: Clock,
+    phases: Phases,
     *,
     log_steps: int,
 ) -> dict[str, float]:
     """Write the `step` event and, every `log_steps`, a progress line; return the figures."""
-    seconds = sum(clock.seconds.values())
+    seconds = sum(phases.seconds.values())
     rate = verdict.all_tokens / seconds
     peak = device_peak_flops(run.world.device)
     used = {"mfu": round(verdict.flops / seconds / run.world.size / peak, 4)} if peak else {}
@@ -100,9 +80,10 @@ def log_step(
         lr=lrs,
         applied=verdict.finite and verdict.num_tokens > 0,
         metrics=verdict.metrics,
-        seconds={name: round(value, 6) for name, value in clock.seconds.items()},
+        seconds={name: round(value, 6) for name, value in phases.seconds.items()},
+        rank_seconds=spread(verdict.own),
         peak_rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        cpu_cores=round((time.process_time() - clock.cpu_begun_s) / seconds, 2),
+        cpu_cores=round((time.process_time() - phases.cpu_begun_s) / seconds, 2),
         load=round(os.getloadavg()[0], 2),
         disk_free_gib=round(shutil.disk_usage(run.dir).free / 2**30, 1),
         model_flops=verdict.flops,
@@ -114,5 +95,13 @@ def log_step(
     )
     if run.is_main and run.step % log_steps == 0:
         norm = verdict.grad_norm
-        log.info("step %d loss %.4f norm %.3g %.0f tok/s", run.step, verdict.loss, norm, rate)
+        text = f"step {run.step} loss {verdict.loss:.4f} norm {norm:.3g} {rate:.0f} tok/s"
+        log.info("%s%s", text, _ranks(verdict))
     return {"loss": verdict.loss, **verdict.metrics}
+
+
+def _ranks(verdict: Verdict) -> str:
+    if len(verdict.own) == 1:
+        return ""
+    found = spread(verdict.own)
+    return ", ranks {min:.3g} / {median:.3g} / {max:.3g} s, slowest {slowest}".format(**found)

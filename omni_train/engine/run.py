@@ -4,8 +4,10 @@
     resolved.yaml     without secrets          events.jsonl      the truth; all else is a view
     state.json        status and exit code     ledger.jsonl      samples that could not be used
     lock              one owner at a time      logs/rank-*.log   checkpoints/  quarantine/
+    stacks/           of all ranks, if it hung
 
-Only rank 0 writes here, apart from each rank's log and checkpoint files. Training is not here.
+Only rank 0 writes here, apart from each rank's log, stacks and checkpoint files. Training is not
+here.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import logging
 import os
 import random
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -30,6 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 from omni_train.config.errors import ConfigError
 from omni_train.engine.distributed import World, gather_json, init_distributed
 from omni_train.engine.exit_codes import ExitCode, RunError, exit_code_of
+from omni_train.engine.faults import Faults
 from omni_train.engine.fingerprint import Identity, identity_of, plain, redact, redact_text
 from omni_train.engine.lock import RunLock
 from omni_train.engine.stop import StopRequest
@@ -87,6 +91,7 @@ class Run:
         identity: fingerprint that checkpoints carry.
         step: last finished global step.
         stop: whether this process was asked to stop.
+        faults: what goes wrong on purpose.
     """
 
     dir: Path
@@ -96,14 +101,27 @@ class Run:
     identity: Identity
     step: int = 0
     stop: StopRequest = field(default_factory=StopRequest)
+    faults: Faults = field(default_factory=Faults)
     _started: float = field(default_factory=time.monotonic)
     _events: JsonlWriter | None = None
     _ledger: JsonlWriter | None = None
+    _end: threading.Lock = field(default_factory=threading.Lock)
+    _speaks: bool = False
+    _state: str = ""
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0."""
-        return self.world.rank == 0
+        """Whether this is rank 0, or stands in for it."""
+        return self.world.rank == 0 or self._speaks
+
+    def claim_end(self) -> bool:
+        """Return True to the one thread of this process that records how the run ends."""
+        return self._end.acquire(blocking=False)
+
+    def speak_for_rank_0(self) -> None:
+        """Write events and state from here on, as rank 0 cannot."""
+        if not self.is_main:
+            self._speaks, self._events = True, JsonlWriter(self.dir / "events.jsonl")
 
     @property
     def checkpoints(self) -> Path:
@@ -133,7 +151,13 @@ class Run:
         """Replace `state.json` on rank 0; a reader never sees half of it."""
         if self.is_main:
             state = {"status": status, "stage": self.stage, "step": self.step, **fields}
-            write_text_atomically(self.dir / "state.json", json.dumps(state, indent=1) + "\n")
+            self._state = json.dumps(state, indent=1) + "\n"
+            write_text_atomically(self.dir / "state.json", self._state)
+
+    def has_stand_in(self) -> bool:
+        """Return whether another rank has written the state that this one wrote before."""
+        path = self.dir / "state.json"
+        return bool(self._state) and path.read_text(encoding="utf-8") != self._state
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -197,12 +221,14 @@ def start_run(
             with run.stop.ends_at_once():
                 yield run
         except BaseException as error:
+            _claim_end(run)
             ended = _as_stopped(run, error)
-            _failed(run, ended)
+            record_failure(run, ended)
             if ended is error:
                 raise
             raise ended from error
         else:
+            _claim_end(run)
             run.event("run_end", status="done", step=run.step)
             run.write_state("done", exit_code=int(ExitCode.done), reason="")
         finally:
@@ -303,7 +329,19 @@ def _as_stopped(run: Run, error: BaseException) -> BaseException:
     return error
 
 
-def _failed(run: Run, error: BaseException) -> None:
+def _claim_end(run: Run) -> None:
+    """Go on to the end, or wait for it where the watchdog ends this process."""
+    if not run.claim_end():
+        threading.Event().wait()
+
+
+def record_failure(run: Run, error: BaseException) -> None:
+    """Log and record what ended a run; ranks other than 0 only log it.
+
+    Where another rank stood in for a rank 0 that came back late, what it recorded holds.
+    """
+    if run.has_stand_in():
+        return
     code = exit_code_of(error)
     reason = redact_text(f"{type(error).__name__}: {error}")
     status = "preempted" if code is ExitCode.preempted else "failed"

@@ -39,6 +39,7 @@ class Report:
         bad_samples: (source, shard, key, reason) of samples that were planned but not used.
         flops: of the model, of its micro-batches.
         stop: signal that asked this rank to stop; empty where none did.
+        own: seconds by part of the step that this rank itself took (see phases.py).
     """
 
     losses: list[float]
@@ -50,6 +51,7 @@ class Report:
     bad_samples: list[tuple[str, str, str, str]]
     flops: float
     stop: str
+    own: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON-able values."""
@@ -75,6 +77,7 @@ class Verdict:
         bad_samples: of all ranks.
         flops: likewise.
         stop: signal and rank that ask all to stop after this step; empty where none does.
+        own: seconds by part that each rank itself took, in rank order.
     """
 
     finite: bool
@@ -90,10 +93,16 @@ class Verdict:
     bad_samples: list[tuple[str, str, str, str]]
     flops: float
     stop: str
+    own: list[dict[str, float]]
 
 
 def local_report(
-    engine: Engine, outputs: Sequence[StepOutput], batches: Sequence[MicroBatch], *, stop: str
+    engine: Engine,
+    outputs: Sequence[StepOutput],
+    batches: Sequence[MicroBatch],
+    *,
+    stop: str,
+    own: dict[str, float],
 ) -> Report:
     """Return this rank's report; reads all device numbers at once."""
     world = get_world()
@@ -124,6 +133,7 @@ def local_report(
         bad_samples=[row for batch in batches for row in batch.bad],
         flops=sum(output.flops for output in outputs),
         stop=stop,
+        own=own,
     )
 
 
@@ -165,6 +175,7 @@ def verdict_of(reports: Sequence[Report], num_tokens: int) -> Verdict:
         bad_samples=[row for report in reports for row in report.bad_samples],
         flops=sum(report.flops for report in reports),
         stop=next((f"{r.stop} at rank {n}" for n, r in enumerate(reports) if r.stop), ""),
+        own=[report.own for report in reports],
     )
 
 
