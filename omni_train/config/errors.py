@@ -14,6 +14,32 @@ class ConfigError(ValueError):
         super().__init__(f"{key}={value!r}: {rule}; {remedy}")
 
 
+def check_fields(config: object, prefix: str, *rules: tuple[str, bool, str], remedy: str) -> None:
+    """Refuse a section in which a rule does not hold.
+
+    Args:
+        config: the section.
+        prefix: its key, such as `fit.watch`.
+        rules: field, whether its rule holds, and the rule.
+        remedy: what to do, whichever it is.
+
+    Raises:
+        ConfigError: names the first field whose rule does not hold.
+    """
+    for name, holds, rule in rules:
+        if not holds:
+            key, value = f"{prefix}.{name}", getattr(config, name)
+            raise ConfigError(key=key, value=value, rule=rule, remedy=remedy)
+
+
+def check_at_least(
+    config: object, prefix: str, *, remedy: str = "raise it", **lowest: float
+) -> None:
+    """Refuse a section of which a field is below its lowest value; see `check_fields`."""
+    rules = [(k, getattr(config, k) >= low, f"must be at least {low}") for k, low in lowest.items()]
+    check_fields(config, prefix, *rules, remedy=remedy)
+
+
 class UnsafeError(ConfigError):
     """An input that is refused because reading it could run code or reach other files (code 77)."""
 

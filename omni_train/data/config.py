@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from omni_train.config.errors import ConfigError
+from omni_train.config.errors import ConfigError, check_at_least
 from omni_train.data.filters import FilterConfig
 from omni_train.data.stores import FetchConfig
 from omni_train.data.types import ProcessingConfig
@@ -98,14 +98,9 @@ class DataConfig:
     fetch: FetchConfig = field(default_factory=FetchConfig)
 
     def __post_init__(self) -> None:
-        for name in ("pack_tokens", "global_batch_packs", "window_samples", "shuffle_shards"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    key=f"data.{name}",
-                    value=getattr(self, name),
-                    rule="must be at least 1",
-                    remedy="raise it",
-                )
+        check_at_least(
+            self, "data", pack_tokens=1, global_batch_packs=1, window_samples=1, shuffle_shards=1
+        )
         if not self.sources:
             raise ConfigError(
                 key="data.sources",

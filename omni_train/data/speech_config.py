@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from omni_train.config.errors import ConfigError
+from omni_train.config.errors import ConfigError, check_at_least
 from omni_train.data.config import DataConfig
 
 DEFAULT_MAX_REPEATS = 16
@@ -54,14 +54,7 @@ class SpeechDataConfig(DataConfig):
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
-        for name in ("pack_positions", "max_repeats"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    key=f"data.{name}",
-                    value=getattr(self, name),
-                    rule="must be at least 1",
-                    remedy="raise it",
-                )
+        check_at_least(self, "data", pack_positions=1, max_repeats=1)
         if not 0.0 <= self.reference_noise <= 1.0:
             raise ConfigError(
                 key="data.reference_noise",

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from omni_train.config.errors import ConfigError, DataError
+from omni_train.config.errors import ConfigError, DataError, check_fields
 from omni_train.data.cache import RangeCache
 from omni_train.data.http_range import HTTP_SCHEMES, TransientError, attempt_http, shown
 from omni_train.engine.exit_codes import ExitCode, RunError
@@ -58,19 +58,16 @@ class FetchConfig:
     cache_bytes: int = 0
 
     def __post_init__(self) -> None:
-        for name, wrong in (
-            ("attempts", self.attempts < 1),
-            ("base_delay_s", self.base_delay_s < 0),
-            ("time_limit_s", self.time_limit_s <= 0),
-            ("cache_bytes", self.cache_bytes < 0),
-        ):
-            if wrong:
-                raise ConfigError(
-                    key=f"data.fetch.{name}",
-                    value=getattr(self, name),
-                    rule="too small to fetch anything",
-                    remedy="raise it, or leave it out for the default",
-                )
+        small = "too small to fetch anything"
+        check_fields(
+            self,
+            "data.fetch",
+            ("attempts", self.attempts >= 1, small),
+            ("base_delay_s", self.base_delay_s >= 0, small),
+            ("time_limit_s", self.time_limit_s > 0, small),
+            ("cache_bytes", self.cache_bytes >= 0, small),
+            remedy="raise it, or leave it out for the default",
+        )
         if bool(self.cache_dir) != bool(self.cache_bytes):
             raise ConfigError(
                 key="data.fetch.cache_dir",

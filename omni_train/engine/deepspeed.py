@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from omni_train.config.errors import ConfigError
+from omni_train.config.errors import ConfigError, check_at_least
 from omni_train.engine import shards
 from omni_train.engine.distributed import get_world, prepare_environment
 from omni_train.engine.groups import ParamGroup
@@ -78,14 +78,13 @@ class DeepSpeedConfig:
                 rule="without checkpoints there is nothing to keep in host memory",
                 remedy="set deepspeed.activation_checkpointing=full, or leave it out",
             )
-        for key in ("gradient_clipping", "param_persistence_threshold"):
-            if getattr(self, key) < 0:
-                raise ConfigError(
-                    key=f"deepspeed.{key}",
-                    value=getattr(self, key),
-                    rule="must not be negative",
-                    remedy="give 0 to switch it off",
-                )
+        check_at_least(
+            self,
+            "deepspeed",
+            gradient_clipping=0,
+            param_persistence_threshold=0,
+            remedy="give 0 to switch it off",
+        )
 
 
 @dataclass(slots=True)

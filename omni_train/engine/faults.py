@@ -20,7 +20,7 @@ from enum import Enum, auto
 
 from torch import Tensor
 
-from omni_train.config.errors import ConfigError
+from omni_train.config.errors import ConfigError, check_at_least
 from omni_train.engine.distributed import World
 
 # Into the work of a phase, not to its first instruction; a phase that is shorter waits for the end.
@@ -71,14 +71,7 @@ class FaultConfig:
     seconds: float = 1.0
 
     def __post_init__(self) -> None:
-        for key, low in (("step", 1), ("rank", 0), ("seconds", 0)):
-            if getattr(self, key) < low:
-                raise ConfigError(
-                    key=f"fit.fault.{key}",
-                    value=getattr(self, key),
-                    rule=f"must be at least {low}",
-                    remedy=f"give {low} or more",
-                )
+        check_at_least(self, "fit.fault", step=1, rank=0, seconds=0)
 
 
 class Faults:

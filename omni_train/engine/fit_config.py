@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from omni_train.config.errors import ConfigError
+from omni_train.config.errors import ConfigError, check_at_least
 from omni_train.engine.faults import FaultConfig, FaultKind
 from omni_train.engine.spikes import SpikeConfig
 from omni_train.engine.watchdog import WatchConfig
@@ -37,16 +37,16 @@ class FitConfig:
     fault: FaultConfig = field(default_factory=FaultConfig)
 
     def __post_init__(self) -> None:
-        lowest = {"max_steps": 1, "save_steps": 1, "log_steps": 1, "keep_checkpoints": 2}
-        lowest |= {"milestone_steps": 0, "max_skipped_steps": 0}
-        for key, bound in lowest.items():
-            if getattr(self, key) < bound:
-                raise ConfigError(
-                    key=f"fit.{key}",
-                    value=getattr(self, key),
-                    rule=f"must be at least {bound}",
-                    remedy=f"give {bound} or more",
-                )
+        check_at_least(
+            self,
+            "fit",
+            max_steps=1,
+            save_steps=1,
+            log_steps=1,
+            keep_checkpoints=2,
+            milestone_steps=0,
+            max_skipped_steps=0,
+        )
         if self.milestone_steps % self.save_steps:
             raise ConfigError(
                 key="fit.milestone_steps",

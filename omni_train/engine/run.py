@@ -208,7 +208,6 @@ def start_run(
     _on_main(world, lambda: lock.acquire(config.experiment, take_over=config.take_over))
     run = Run(run_dir, world, config, stage, identity_of(settings, data_hashes or {}))
     try:
-        # Refusing to resume must not touch what is recorded of the run.
         _on_main(world, lambda: _check_identity(run))
     except BaseException:
         lock.release()
@@ -265,6 +264,7 @@ def _on_main(world: World, action: Any) -> None:
 
 
 def _check_identity(run: Run) -> None:
+    """Refuse to resume another run, before anything that is recorded of it is touched."""
     recorded = run.dir / _FINGERPRINT
     if recorded.exists():
         before = Identity(**json.loads(recorded.read_text(encoding="utf-8")))

@@ -15,7 +15,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from statistics import median
 
-from omni_train.config.errors import ConfigError
+from omni_train.config.errors import ConfigError, check_fields
 from omni_train.engine import checkpoint_files as files
 from omni_train.engine.deepspeed import Engine
 from omni_train.engine.distributed import barrier, gather_json
@@ -49,17 +49,15 @@ class SpikeConfig:
     rewind_to: int | None = None
 
     def __post_init__(self) -> None:
-        rules = [
-            ("window", self.window, self.window >= _FEWEST, f"must be at least {_FEWEST}"),
-            ("deviations", self.deviations, self.deviations >= 0, "must not be negative"),
-            ("skip_steps", self.skip_steps, min(self.skip_steps, default=1) > 0, "count from 1"),
-            ("rewind_to", self.rewind_to, (self.rewind_to or 0) >= 0, "must not be negative"),
-        ]
-        for key, value, holds, rule in rules:
-            if not holds:
-                raise ConfigError(
-                    key=f"fit.spikes.{key}", value=value, rule=rule, remedy="give a value that does"
-                )
+        check_fields(
+            self,
+            "fit.spikes",
+            ("window", self.window >= _FEWEST, f"must be at least {_FEWEST}"),
+            ("deviations", self.deviations >= 0, "must not be negative"),
+            ("skip_steps", min(self.skip_steps, default=1) > 0, "count from 1"),
+            ("rewind_to", (self.rewind_to or 0) >= 0, "must not be negative"),
+            remedy="give a value that does",
+        )
 
 
 class SpikeWatch:

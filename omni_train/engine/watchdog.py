@@ -28,7 +28,7 @@ from typing import IO, Self
 import torch
 import torch.distributed as dist
 
-from omni_train.config.errors import ConfigError
+from omni_train.config.errors import check_fields
 from omni_train.engine.distributed import COLLECTIVE_TIMEOUT, new_group, shared_store
 from omni_train.engine.exit_codes import ExitCode, RunError
 from omni_train.engine.phases import Phases, waits
@@ -70,14 +70,7 @@ class WatchConfig:
             ("first_s", self.first_s < longest, f"collectives give up after {longest:g} s"),
             ("slow_ratio", self.slow_ratio == 0 or self.slow_ratio > 1, "must be above 1, or 0"),
         ]
-        for key, holds, rule in rules:
-            if not holds:
-                raise ConfigError(
-                    key=f"fit.watch.{key}",
-                    value=getattr(self, key),
-                    rule=rule,
-                    remedy="give another number",
-                )
+        check_fields(self, "fit.watch", *rules, remedy="give another number")
 
 
 @dataclass(frozen=True, slots=True)

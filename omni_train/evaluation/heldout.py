@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from omni_train.config.errors import ConfigError, DataError
+from omni_train.config.errors import ConfigError, DataError, check_at_least
 from omni_train.data.config import DataConfig
 from omni_train.data.measure import measure
 from omni_train.data.source import ShardSet
@@ -45,14 +45,8 @@ class HeldoutConfig:
     max_samples: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "max_samples"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    key=f"heldout.{name}",
-                    value=getattr(self, name),
-                    rule="must be at least 1",
-                    remedy="raise it, or leave heldout.sets out to evaluate nothing",
-                )
+        remedy = "raise it, or leave heldout.sets out to evaluate nothing"
+        check_at_least(self, "heldout", every_steps=1, max_samples=1, remedy=remedy)
 
 
 def check_heldout(heldout: HeldoutConfig, data: DataConfig) -> None:

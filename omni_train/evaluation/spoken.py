@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from omni_train.config.errors import ConfigError, DataError
+from omni_train.config.errors import ConfigError, DataError, check_at_least
 from omni_train.data.fetch import fetch
 from omni_train.data.source import ShardSet
 from omni_train.data.speech import encode_spoken
@@ -89,14 +89,13 @@ class SpeechTask:
     limit: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("keep_waves", "limit"):
-            if getattr(self, name) < 0:
-                raise ConfigError(
-                    key=f"speech.*.{name}",
-                    value=getattr(self, name),
-                    rule="must not be negative",
-                    remedy="0 keeps no wave, and takes all dialogues",
-                )
+        check_at_least(
+            self,
+            "speech.*",
+            keep_waves=0,
+            limit=0,
+            remedy="0 keeps no wave, and takes all dialogues",
+        )
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ from typing import Any
 import xxhash
 from transformers import PreTrainedTokenizerFast
 
-from omni_train.config.errors import ConfigError, DataError
+from omni_train.config.errors import DataError, check_at_least
 from omni_train.data.chatml import split_reply
 from omni_train.data.encode import encode
 from omni_train.data.fetch import fetch
@@ -65,14 +65,7 @@ class EvaluationTask:
     prompt: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch_samples"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    key=f"tasks.*.{name}",
-                    value=getattr(self, name),
-                    rule="must be at least 1",
-                    remedy="raise it",
-                )
+        check_at_least(self, "tasks.*", max_new_tokens=1, batch_samples=1)
 
 
 @dataclass(slots=True)

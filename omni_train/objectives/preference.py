@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from omni_train.config.errors import ConfigError
+from omni_train.config.errors import check_fields
 from omni_train.objectives.types import StepOutput
 
 
@@ -55,20 +55,16 @@ class PreferenceConfig:
 
     def __post_init__(self) -> None:
         control = self.loss is PreferenceLoss.sft
-        for name, valid, rule in (
+        check_fields(
+            self,
+            "preference",
             ("beta", self.beta > 0, "must be positive"),
             ("label_smoothing", 0 <= self.label_smoothing < 0.5, "must lie in [0, 0.5)"),
             ("label_smoothing", not (control and self.label_smoothing), "has no effect with sft"),
             ("sft_weight", self.sft_weight >= 0, "must not be negative"),
             ("sft_weight", not (control and self.sft_weight), "has no effect with sft"),
-        ):
-            if not valid:
-                raise ConfigError(
-                    key=f"preference.{name}",
-                    value=getattr(self, name),
-                    rule=rule,
-                    remedy="leave it out for the default",
-                )
+            remedy="leave it out for the default",
+        )
 
 
 @dataclass(slots=True)

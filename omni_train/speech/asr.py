@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from omni_train.config.errors import ConfigError, DataError
+from omni_train.config.errors import ConfigError, DataError, check_fields
 from omni_train.engine.foreign import refuse_pickles
 
 SAMPLE_RATE_HZ = 16_000
@@ -243,27 +243,23 @@ class AsrConfig:
 
     def __post_init__(self) -> None:
         closed = self.kind is AsrKind.pocketsphinx
-        rules = (
+        own = f"asr.kind={self.kind.name}"
+        check_fields(
+            self,
+            "asr",
             (
                 "vocabulary",
-                bool(self.vocabulary) != closed,
-                "is for pocketsphinx, and needed there",
+                bool(self.vocabulary) == closed,
+                f"is for pocketsphinx, and needed there; {own}",
             ),
-            ("path", bool(self.path) == closed, "is for the other kinds, and needed there"),
+            ("path", bool(self.path) != closed, f"is for the other kinds, and needed there; {own}"),
             (
                 "language",
-                bool(self.language) and self.kind is not AsrKind.whisper,
-                "is for whisper alone",
+                not self.language or self.kind is AsrKind.whisper,
+                f"is for whisper alone; {own}",
             ),
+            remedy="set or remove it, or choose another asr.kind",
         )
-        for name, wrong, rule in rules:
-            if wrong:
-                raise ConfigError(
-                    key=f"asr.{name}",
-                    value=getattr(self, name),
-                    rule=f"{name} {rule}; asr.kind={self.kind.name}",
-                    remedy="set or remove it, or choose another asr.kind",
-                )
 
 
 def build_recognizer(config: AsrConfig, device: str = "cpu") -> Recognizer:

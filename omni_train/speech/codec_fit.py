@@ -20,7 +20,7 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
-from omni_train.config.errors import ConfigError, DataError
+from omni_train.config.errors import ConfigError, DataError, check_fields
 from omni_train.data.fetch import fetch
 from omni_train.data.index import MANIFEST_NAME
 from omni_train.data.media import decode_audio
@@ -69,15 +69,14 @@ class CodecFitConfig:
     max_bad_share: float = 0.01
 
     def __post_init__(self) -> None:
-        for name, wrong, rule in (
-            ("max_audio_s", self.max_audio_s <= 0, "must be positive"),
-            ("max_iterations", self.max_iterations < 1, "must be at least 1"),
-            ("max_bad_share", not 0 <= self.max_bad_share < 1, "is a share from 0 to below 1"),
-        ):
-            if wrong:
-                raise ConfigError(
-                    key=f"kmeans.{name}", value=getattr(self, name), rule=rule, remedy="change it"
-                )
+        check_fields(
+            self,
+            "kmeans",
+            ("max_audio_s", self.max_audio_s > 0, "must be positive"),
+            ("max_iterations", self.max_iterations >= 1, "must be at least 1"),
+            ("max_bad_share", 0 <= self.max_bad_share < 1, "is a share from 0 to below 1"),
+            remedy="change it",
+        )
 
 
 @dataclass(frozen=True, slots=True)

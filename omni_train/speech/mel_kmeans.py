@@ -34,7 +34,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers.audio_utils import mel_filter_bank
 
-from omni_train.config.errors import ConfigError, DamagedError, DataError
+from omni_train.config.errors import ConfigError, DamagedError, DataError, check_fields
 from omni_train.data.index import write_atomically
 from omni_train.speech.codec import (
     CodecKind,
@@ -93,19 +93,15 @@ class MelKMeansConfig:
     griffin_lim_iterations: int = 16
 
     def __post_init__(self) -> None:
-        for name, wrong, rule in (
-            ("frame_rate_hz", self.frame_rate_hz not in (10, 20, 25, 50, 100), "divides 100"),
-            ("codebook_size", not 2 <= self.codebook_size <= 1 << 15, "is 2 to 32768"),
-            ("num_mel_bins", not 20 <= self.num_mel_bins <= 128, "is 20 to 128"),
-            ("griffin_lim_iterations", not 1 <= self.griffin_lim_iterations <= 200, "is 1 to 200"),
-        ):
-            if wrong:
-                raise ConfigError(
-                    key=f"codec.{name}",
-                    value=getattr(self, name),
-                    rule=f"{name} {rule}",
-                    remedy="25 Hz with 256 codes and 24 mel bins were measured",
-                )
+        check_fields(
+            self,
+            "codec",
+            ("frame_rate_hz", self.frame_rate_hz in (10, 20, 25, 50, 100), "must divide 100"),
+            ("codebook_size", 2 <= self.codebook_size <= 1 << 15, "must be 2 to 32768"),
+            ("num_mel_bins", 20 <= self.num_mel_bins <= 128, "must be 20 to 128"),
+            ("griffin_lim_iterations", 1 <= self.griffin_lim_iterations <= 200, "is 1 to 200"),
+            remedy="25 Hz with 256 codes and 24 mel bins were measured",
+        )
 
     @property
     def frames_per_code(self) -> int:

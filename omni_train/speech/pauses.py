@@ -17,7 +17,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from omni_train.config.errors import ConfigError, DataError
+from omni_train.config.errors import DataError, check_fields
 from omni_train.speech.asr import SAMPLE_RATE_HZ, Word
 
 _HOP_S = 0.01
@@ -43,14 +43,13 @@ class PauseConfig:
     threshold_db: float = 35.0
 
     def __post_init__(self) -> None:
-        for name in ("min_pause_s", "threshold_db"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(
-                    key=f"pauses.{name}",
-                    value=getattr(self, name),
-                    rule="must be positive",
-                    remedy="leave it out for the default",
-                )
+        check_fields(
+            self,
+            "pauses",
+            ("min_pause_s", self.min_pause_s > 0, "must be positive"),
+            ("threshold_db", self.threshold_db > 0, "must be positive"),
+            remedy="leave it out for the default",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from omni_train.config.errors import ConfigError
+from omni_train.config.errors import ConfigError, check_fields
 from omni_train.models.talker import Talker
 from omni_train.models.talker_layout import TalkerLayout, absolute_index
 from omni_train.speech.decode_step import DecodeStep, Prompt
@@ -69,7 +69,9 @@ class SamplingConfig:
     cache_step: int = 256
 
     def __post_init__(self) -> None:
-        for name, valid, rule in (
+        check_fields(
+            self,
+            "sampling",
             ("max_codes", self.max_codes >= 1, "must be at least 1"),
             ("num_samples", self.num_samples >= 1, "must be at least 1"),
             ("temperature", self.temperature > 0, "must be positive; top_k=1 is greedy"),
@@ -78,14 +80,8 @@ class SamplingConfig:
             ("repetition_penalty", self.repetition_penalty > 0, "must be positive"),
             ("num_slots", self.num_slots >= 1, "must be at least 1"),
             ("cache_step", self.cache_step >= 1, "must be at least 1"),
-        ):
-            if not valid:
-                raise ConfigError(
-                    key=f"sampling.{name}",
-                    value=getattr(self, name),
-                    rule=rule,
-                    remedy="choose another value",
-                )
+            remedy="choose another value",
+        )
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from omni_train.config.errors import ConfigError
+from omni_train.config.errors import ConfigError, check_fields
 from omni_train.engine.foreign import refuse_pickles
 from omni_train.speech.codec import check_wave
 from omni_train.speech.mel import log_mel
@@ -58,18 +58,15 @@ class SimilarityConfig:
 
     def __post_init__(self) -> None:
         needed = self.kind is SimilarityKind.wavlm
-        for name, wrong, rule in (
-            ("path", needed and not self.path, "is needed"),
-            ("model", bool(self.model) != needed, "is for wavlm, and needed there"),
-            ("per_voice", self.per_voice < 1, "must be at least 1"),
-        ):
-            if wrong:
-                raise ConfigError(
-                    key=f"similarity.{name}",
-                    value=getattr(self, name),
-                    rule=f"{name} {rule}; similarity.kind={self.kind.name}",
-                    remedy="set or remove it, or choose another similarity.kind",
-                )
+        kind = f"similarity.kind={self.kind.name}"
+        check_fields(
+            self,
+            "similarity",
+            ("path", bool(self.path) or not needed, f"is needed with {kind}"),
+            ("model", bool(self.model) == needed, f"is for wavlm, and needed there; {kind}"),
+            ("per_voice", self.per_voice >= 1, "must be at least 1"),
+            remedy="set or remove it, or choose another similarity.kind",
+        )
 
 
 class VoiceEncoder(Protocol):

@@ -34,6 +34,7 @@ def verdict(loss: float, norm: float = 1.0, *, finite: bool = True, tokens: int 
         bad_samples=[],
         flops=0.0,
         stop="",
+        own=[],
     )
 
 
