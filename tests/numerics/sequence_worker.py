@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,8 @@ def measure(world: World) -> dict[str, Any]:
 
     tokenizer = small_tokenizer()
     config, _ = small_config(tokenizer)
+    # Four heads, two of them with keys and values: as many as four ranks need.
+    config = replace(config, tiny=replace(config.tiny, text_width=128))
     optim = OptimConfig(lr=0.0)
     plain = build_thinker(config, tokenizer, seed=5, dtype=torch.float32)
     select_groups(plain, optim, trained=THINKER)
