@@ -21,9 +21,11 @@ def add_jobs(add: Add) -> None:
     launch = add(
         "launch",
         "Start a stage or a pipeline here, under SLURM or on Kubernetes; shows it unless told.",
-        "omni-train launch stage1_audio target=slurm cluster.nodes=2 run.dir=runs/a phase=adapter",
+        "omni-train launch stage1_audio target=slurm cluster=cpu cluster.nodes=2 "
+        "experiment=stage1_audio/debug run.dir=runs/a",
         "omni-train launch demo target=slurm cluster=cpu --submit",
-        "omni-train launch talker_icl target=kubernetes cluster.queue=gpu run.dir=runs/t",
+        "omni-train launch talker_icl target=kubernetes cluster.queue=gpu cluster.volume=claim "
+        "cluster.container=image experiment=talker_icl/debug run.dir=runs/t",
     )
     launch.add_argument("what", help="name of a stage or a pipeline")
     launch.add_argument("overrides", nargs="*", help="target=, cluster=, cluster.KEY=, key=value")
