@@ -23,7 +23,7 @@ def add_jobs(add: Add) -> None:
         "Start a stage or a pipeline here, under SLURM or on Kubernetes; shows it unless told.",
         "omni-train launch stage1_audio target=slurm cluster=cpu cluster.nodes=2 "
         "experiment=stage1_audio/debug run.dir=runs/a",
-        "omni-train launch demo target=slurm cluster=cpu --submit",
+        "omni-train launch sft_only target=slurm cluster=gpu8 --submit",
         "omni-train launch talker_icl target=kubernetes cluster.queue=gpu cluster.volume=claim "
         "cluster.container=image experiment=talker_icl/debug run.dir=runs/t",
     )

@@ -60,7 +60,7 @@ function chart(figure, data) {
   const all = data.series.flatMap((s) => s.points.map((p) => p[0]));
   const full = [Math.min(...all), Math.max(...all)];
   let range = full, drag = null, at = null;
-  const left = 52, bottom = 20, top = 8, right = 6;
+  const left = 52, bottom = 20, top = 8, right = 14;
   const place = (x, w) => left + (x - range[0]) / (range[1] - range[0] || 1) * (w - left - right);
   const value = (px, w) => range[0] + (px - left) / (w - left - right) * (range[1] - range[0]);
   function draw() {
@@ -75,7 +75,7 @@ function chart(figure, data) {
     const y = (v) => top + (high - v) / (high - low) * (h - top - bottom);
     pen.fillStyle = '#616e7c'; pen.strokeStyle = '#e4e7eb'; pen.lineWidth = 1;
     pen.textAlign = 'right'; pen.textBaseline = 'middle';
-    for (const v of ticks(low, high, 4)) {
+    for (const v of ticks(low, high, 6)) {
       pen.beginPath(); pen.moveTo(left, y(v)); pen.lineTo(w - right, y(v)); pen.stroke();
       pen.fillText(number(v), left - 5, y(v));
     }
