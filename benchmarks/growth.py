@@ -206,7 +206,7 @@ def real_ranks() -> list[Series]:
         command += [f"--nproc_per_node={ranks}", "-m", "benchmarks.growth", "--worker"]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         taken.append(json.loads(done.stdout.splitlines()[-1]))
-    return [series("ranks, real", f"s for {REAL_PACKS} rows", REAL_RANKS, taken)]
+    return [series("ranks, real", f"s of a rank, {REAL_PACKS} rows in all", REAL_RANKS, taken)]
 
 
 def worker() -> None:
