@@ -71,14 +71,16 @@ def test_a_slow_rank_is_named_though_all_ranks_take_as_long(both: Path) -> None:
     events = list(read_jsonl(run_dir / "events.jsonl"))
     (event,) = [e for e in events if e["kind"] == "straggler"]
     assert (event["rank"], event["part"]) == (1, "forward")
-    assert event["seconds"] > 0.3
+    assert event["seconds"] > 0.5
     steps = read_steps(run_dir / "events.jsonl")
     assert len(steps) == STEPS
     for step in steps[2:]:
         found = step["rank_seconds"]
         assert found["min"] <= found["median"] <= found["max"]
-        assert found["slowest"] == 1
-        assert found["max"] > 0.3
+        assert found["max"] > 0.5
+    # A busy machine may hold up the other rank for once.
+    slowest = [step["rank_seconds"]["slowest"] for step in steps[2:]]
+    assert slowest.count(1) > len(slowest) / 2
     assert not (run_dir / "stacks" / "rank-00000.txt").exists()
 
 

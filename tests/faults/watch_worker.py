@@ -29,10 +29,10 @@ from tests.numerics.engine_worker import ToyLoader, build, toy_step
 
 STEPS = 12
 # No rank of the toy is in one phase for as long, whatever else the machine does.
-STEP_S, FIRST_S = 5.0, 40.0
+STEP_S, FIRST_S = 10.0, 60.0
 FAULT = FaultConfig(step=3, rank=1, phase=FaultPhase.forward)
 RUNS = {
-    "slow": replace(FAULT, kind=FaultKind.slow, seconds=0.3),
+    "slow": replace(FAULT, kind=FaultKind.slow, seconds=0.5),
     "hang": replace(FAULT, kind=FaultKind.hang),
     "hang_at_once": replace(FAULT, kind=FaultKind.hang, step=1),
     "hang_0": replace(FAULT, kind=FaultKind.hang, rank=0, phase=FaultPhase.data),
