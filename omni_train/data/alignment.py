@@ -39,6 +39,10 @@ class Arm(Enum):
     interleaved_1d = "interleaved_1d"
     video_first_1d = "video_first_1d"
 
+    def __str__(self) -> str:
+        """Return the bare name, as a run directory has it."""
+        return self.name
+
 
 def probe_sample(
     sample: EncodedSample,
