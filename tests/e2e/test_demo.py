@@ -92,7 +92,7 @@ def check_sound(root: Path, stage: str, table: str) -> None:
     run = read_wandb(root / stage / "wandb")
     columns, rows = run.tables[table]
     heard = [run.media[row[columns.index("audio")]].read_bytes() for row in rows]
-    assert len(heard) >= 5
+    assert heard
     kept = {path.read_bytes() for path in (root / stage).rglob("*.wav")}
     assert set(heard) <= kept
 
