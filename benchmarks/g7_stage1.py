@@ -37,7 +37,7 @@ def measure(place: gpu.Place, pairs: int) -> tuple[list[Row], list[str]]:
     learning = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-5)
     steps, warm_up = 6 * pairs, 3
-    workers = place.pick(max((os.cpu_count() or 2) - 2, 1), 1)
+    workers = place.pick(max((os.cpu_count() or 2) - 2, 1), 0)
     waited = flops = 0.0
     with tempfile.TemporaryDirectory() as folder:
         write_corpus(Path(folder), num_samples=place.pick(4000, 40), num_shards=4)
