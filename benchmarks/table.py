@@ -25,8 +25,8 @@ def table(record: dict[str, Any]) -> str:
     lines = list(_HEAD)
     for line in record["rows"]:
         met = {True: "yes", False: "**no**", None: ""}[line["pass"]]
-        goal = f"{line['goal']:.3g}" if line["goal"] else ""
-        ratio = f"{line['ratio']:.3g} ({line['low']:.3g} to {line['high']:.3g})"
+        goal = _number(line["goal"]) if line["goal"] else ""
+        ratio = f"{_number(line['ratio'])} ({_number(line['low'])} to {_number(line['high'])})"
         what = f"{BENCHMARKS[line['row']].what}: {line['name']}"
         sides = " | ".join(_value(line[side], line["unit"]) for side in ("ours", "peer"))
         lines.append(f"| {line['row']} | {what} | {sides} | {ratio} | {goal} | {met} |")
@@ -46,7 +46,11 @@ def table(record: dict[str, Any]) -> str:
 
 def _value(value: float, unit: str) -> str:
     # A mean of ratios has no sides.
-    return f"{value:.3g} {unit}".rstrip() if value else ""
+    return f"{_number(value)} {unit}".rstrip() if value else ""
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def replaced(text: str, block: str) -> str:
