@@ -96,6 +96,8 @@ class CheckpointWriter:
         self._group = new_group()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        # Kept from save to save: copying into memory that was touched before takes a third.
+        self._copies: dict[str, Tensor] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -134,7 +136,8 @@ class CheckpointWriter:
             "metrics": metrics,
             "notes": dict(engine.notes),
         }
-        snapshot = _Snapshot(step, _trained_slices(engine), {"rng": rng_state()}, state)
+        self._copies = _trained_slices(engine, into=self._copies)
+        snapshot = _Snapshot(step, self._copies, {"rng": rng_state()}, state)
         blocked_s = time.perf_counter() - start
 
         def work() -> None:
@@ -219,19 +222,16 @@ class CheckpointWriter:
         _all_write(appear, temporary, gather)
 
 
-def _trained_slices(engine: Engine) -> dict[str, Tensor]:
+def _trained_slices(engine: Engine, into: dict[str, Tensor]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, param, piece in _pieces(engine, trainable=True):
         if piece.length:
-            tensors[slice_key(MASTER, name, piece.start)] = _copy(shards.master(param, piece))
-            for key in shards.MOMENTS:
-                moment = shards.moment(param, piece, key)
-                tensors[slice_key(key, name, piece.start)] = _copy(moment)
+            parts = {key: shards.moment(param, piece, key) for key in shards.MOMENTS}
+            for key, part in {MASTER: shards.master(param, piece), **parts}.items():
+                where = slice_key(key, name, piece.start)
+                old = into.get(where)
+                tensors[where] = part.to("cpu", copy=True) if old is None else old.copy_(part)
     return tensors
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.to("cpu", copy=True)
 
 
 def _param_table(engine: Engine) -> dict[str, dict[str, Any]]:

@@ -36,7 +36,7 @@ class FaultKind(Enum):
     kill = auto()
     hang = auto()
     slow = auto()
-    nan = auto()
+    poison = auto()
     stop = auto()
     disk = auto()
 
@@ -57,7 +57,7 @@ class FaultConfig:
 
     Args:
         kind: `kill` is SIGKILL, `stop` SIGTERM, `hang` never goes on, `slow` sleeps in that step
-            and all that follow, `nan` is a loss that is no number, `disk` a limit on file sizes.
+            and all that follow, `poison` a loss that is no number, `disk` a limit on file sizes.
         step: global step, counted from 1.
         rank: that it happens to.
         phase: for kill, hang, slow and stop.
@@ -121,7 +121,7 @@ class Faults:
 
     def poisoned(self, loss: Tensor, step: int) -> Tensor:
         """Return the loss, or one that is no number where that is the fault of this step."""
-        due = self._config.kind is FaultKind.nan and self._config.step == step
+        due = self._config.kind is FaultKind.poison and self._config.step == step
         return loss * float("nan") if due else loss
 
     def _due(self, phase: str, step: int) -> FaultKind:

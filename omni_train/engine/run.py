@@ -172,6 +172,10 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch alike on every rank; the model is then built alike too."""
+    # rich draws a number when it is imported, which torch does in the first step of any start: a
+    # resumed run would be one ahead.
+    import rich.style  # noqa: F401
+
     random.seed(seed)
     np.random.seed(seed % (1 << 32))
     torch.manual_seed(seed)
