@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 
+from launch.cli import main
 from launch.local import run_module
 from omni_train.config.errors import ConfigError
 from omni_train.engine.exit_codes import ExitCode
 from omni_train.engine.watchdog import Beat, WatchConfig, hung_ranks
 from omni_train.tracking.events import read_jsonl, read_steps
 from tests.faults.watch_worker import FIRST_S, STEP_S, STEPS
+from tests.wandb_files import read_wandb
+
+# A port of this machine where nobody listens.
+CLOSED = "http://127.0.0.1:9"
 
 
 def launch(run_dir: Path, *faults: str) -> int:
@@ -48,9 +53,12 @@ def check_end(run_dir: Path, *, rank: int, phase: str, step: int) -> dict[str, A
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One launch: a run with a slow rank, then one with a hung rank."""
+    """One launch: a run with a slow rank, one whose W&B is not there, one with a hung rank."""
     run_dir = tmp_path_factory.mktemp("watch") / "run"
-    assert launch(run_dir, "slow", "hang") == ExitCode.hang
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_BASE_URL", CLOSED)
+        patch.setenv("WANDB_API_KEY", "0" * 40)
+        assert launch(run_dir, "slow", "tracked", "hang") == ExitCode.hang
     return run_dir
 
 
@@ -82,6 +90,27 @@ def test_a_slow_rank_is_named_though_all_ranks_take_as_long(both: Path) -> None:
     slowest = [step["rank_seconds"]["slowest"] for step in steps[2:]]
     assert slowest.count(1) > len(slowest) / 2
     assert not (run_dir / "stacks" / "rank-00000.txt").exists()
+
+
+def test_without_its_server_wandb_delays_no_step_and_loses_none(
+    both: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = both.with_name("run-tracked")
+    firsts = [
+        read_steps(folder / "events.jsonl")[0]["elapsed_s"]
+        for folder in (run_dir, both.with_name("run-slow"))
+    ]
+    # A server that is waited for costs 20 s and more; so much a busy machine does not.
+    assert firsts[0] < 2 * firsts[1] + 2
+    steps = {step["step"]: step["loss"] for step in read_steps(run_dir / "events.jsonl")}
+    assert len(steps) == STEPS
+    # Nobody is there to send it to: it says so, and what is sent later is whole again.
+    monkeypatch.setenv("WANDB_BASE_URL", CLOSED)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    for _ in range(2):
+        shown = read_wandb(run_dir / "wandb").history
+        assert {number: row["loss"] for number, row in shown.items() if "loss" in row} == steps
+        assert main(["track", "sync", str(run_dir), "--offline"]) == 0
 
 
 @pytest.mark.slow

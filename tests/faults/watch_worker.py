@@ -25,6 +25,7 @@ from omni_train.engine.fit import fit
 from omni_train.engine.fit_config import FitConfig
 from omni_train.engine.run import RunConfig, start_run
 from omni_train.engine.watchdog import WatchConfig
+from omni_train.tracking.config import TrackingConfig
 from tests.numerics.engine_worker import ToyLoader, build, toy_step
 
 STEPS = 12
@@ -32,6 +33,7 @@ STEPS = 12
 STEP_S, FIRST_S = 10.0, 60.0
 FAULT = FaultConfig(step=3, rank=1, phase=FaultPhase.forward)
 RUNS = {
+    "tracked": FaultConfig(),
     "slow": replace(FAULT, kind=FaultKind.slow, seconds=0.5),
     "hang": replace(FAULT, kind=FaultKind.hang),
     "hang_at_once": replace(FAULT, kind=FaultKind.hang, step=1),
@@ -79,7 +81,8 @@ def train(run_dir: str, name: str) -> None:
         if step == FAULT.step and name in SILENCES and get_world().rank == (name != "lock_0"):
             SILENCES[name]()
 
-    with start_run(RunConfig(dir=run_dir), stage="toy", settings=cfg) as run:
+    tracking = TrackingConfig(wandb=name == "tracked")
+    with start_run(RunConfig(dir=run_dir), stage="toy", settings=cfg, tracking=tracking) as run:
         loader = Silent(silence) if name in SILENCES else ToyLoader(1, poison=None, empty=-1)
         fit(build(3, Precision.fp32), loader, toy_step, cfg, run)
 
