@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_talker(add)
     add_checkpoint(add)
     from launch.bench import add_bench
+    from launch.chaos import add_chaos
     from launch.jobs import add_jobs
     from launch.report import add_report
     from launch.track import add_track
@@ -63,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_jobs(add)
     add_report(add)
     add_track(add)
+    add_chaos(add)
     return parser
 
 
@@ -408,6 +410,12 @@ def _talker(args: argparse.Namespace) -> int:
     return run_talker(args)
 
 
+def _chaos(args: argparse.Namespace) -> int:
+    from launch.chaos import run_chaos
+
+    return run_chaos(args)
+
+
 def _checkpoint(args: argparse.Namespace) -> int:
     from launch.checkpoint import run_checkpoint
 
@@ -416,6 +424,7 @@ def _checkpoint(args: argparse.Namespace) -> int:
 
 _COMMANDS = {
     "bench": _bench,
+    "chaos": _chaos,
     "checkpoint": _checkpoint,
     "data": _data,
     "talker": _talker,

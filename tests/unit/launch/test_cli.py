@@ -67,7 +67,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "test", "stages", "config", "train", "evaluate", "data"]
+    "command", ["demo", "test", "stages", "config", "train", "evaluate", "data", "chaos"]
 )
 def test_every_command_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
