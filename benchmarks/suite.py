@@ -49,7 +49,7 @@ BENCHMARKS = {
     "B4": Benchmark("b04_packing", "tokens/s of a tiny Thinker", "transformers, padded or packed"),
     "B5": Benchmark("b05_balance", "load balance over ranks", "random, grouped by length"),
     "B6": Benchmark("b06_loss", "loss over 152,064 ids", "ForCausalLMLoss"),
-    "B7": Benchmark("b07_read", "reading shards", "webdataset, datasets"),
+    "B7": Benchmark("b07_read", "reading shards", "webdataset"),
     "B8": Benchmark("b08_resume", "first batch after resume", "Trainer's skip, webdataset"),
     "B9": Benchmark("b09_video", "frames of a clip", "PyAV, reading on and seeking"),
     "B10": Benchmark("b10_preference", "a DPO step", "trl.DPOTrainer"),
