@@ -264,6 +264,8 @@ def run_module(
     if status == 0:
         return int(ExitCode.done)
     code = _code_of(_read_state(run_dir), before, output.read_bytes()[start:])
+    if code is ExitCode.bug and _read_state(run_dir) != before:
+        _correct(run_dir)
     print(f"{module} ended with status {int(code)} ({code.name}); see {logs}", file=sys.stderr)
     return int(code)
 
@@ -328,9 +330,24 @@ def _read_state(run_dir: Path) -> str:
 
 def _code_of(state: str, before: str, torchrun_output: bytes) -> ExitCode:
     """Return the code of a failed run: from its state, else from torchrun's report, else a bug."""
+    # The last one that torchrun reports is that of the rank that ended first.
+    first = [int(found) for found in re.findall(rb"exitcode\s*: (-?\d+)", torchrun_output)[-1:]]
     codes: list[Any] = []
     if state and state != before:
         codes.append(json.loads(state).get("exit_code"))
-    codes += [int(found) for found in re.findall(rb"exitcode\s*: (-?\d+)", torchrun_output)[-1:]]
+    if codes == [ExitCode.preempted] and any(code < 0 and -code not in SIGNALS for code in first):
+        # torchrun stops the others for it, and these take that for a preemption.
+        return ExitCode.bug
     known = {int(code) for code in ExitCode} - {0}
-    return next((ExitCode(code) for code in codes if code in known), ExitCode.bug)
+    return next((ExitCode(code) for code in codes + first if code in known), ExitCode.bug)
+
+
+def _correct(run_dir: Path) -> None:
+    """Have a state that tells of a preemption tell of the killed rank that looked like one."""
+    state = json.loads(_read_state(run_dir))
+    if state.get("exit_code") == ExitCode.preempted:
+        state |= {"status": "failed", "exit_code": int(ExitCode.bug)}
+        state["reason"] = f"a rank was killed; of the others: {state['reason']}"
+        temporary = run_dir / f"state.json.{os.getpid()}"
+        temporary.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(run_dir / "state.json")

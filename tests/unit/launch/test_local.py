@@ -118,10 +118,25 @@ def test_ranks_that_died_are_started_again_and_errors_that_stay_are_not(
         ('{"exit_code": null}', "", b"  exitcode  : 2 (pid: 1)", 2),
         ("", "", b"  exitcode  : -9 (pid: 1)", 70),
         ("", "", b"", 70),
+        # The rank that ended first comes last. One was killed; the other thought it was preempted.
+        ('{"exit_code": 75}', "", b"  exitcode  : 75 (pid: 2)\n  exitcode  : -9 (pid: 1)", 70),
+        ('{"exit_code": 75}', "", b"  exitcode  : -9 (pid: 2)\n  exitcode  : 75 (pid: 1)", 75),
+        ('{"exit_code": 75}', "", b"  exitcode  : 75 (pid: 2)\n  exitcode  : -15 (pid: 1)", 75),
     ],
 )
 def test_code_of_a_failed_run(state: str, before: str, output: bytes, code: int) -> None:
     assert local._code_of(state, before, output) == code
+
+
+def test_a_killed_rank_is_no_preemption_in_the_state_either(tmp_path: Path) -> None:
+    state = tmp_path / "state.json"
+    preempted = {"status": "preempted", "exit_code": 75, "reason": "asked to stop"}
+    state.write_text(json.dumps(preempted))
+    local._correct(tmp_path)
+    found = json.loads(state.read_text())
+    assert (found["status"], found["exit_code"]) == ("failed", 70)
+    assert found["reason"].startswith("a rank was killed")
+    assert list(tmp_path.iterdir()) == [state]
 
 
 def test_a_signal_reaches_the_ranks(toy: Path) -> None:
