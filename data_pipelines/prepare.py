@@ -188,7 +188,8 @@ def _sweep(out_dir: Path, numbers: list[int]) -> None:
     own = {f"{number:06d}" for number in numbers}
     for folder in (out_dir, out_dir / FOLDER):
         for path in folder.glob(".*.tmp-*"):
-            if path.name.removeprefix(".").removeprefix("shard-")[:6] in own:
+            # What was being written under a temporary name has two dots.
+            if path.name.lstrip(".").removeprefix("shard-")[:6] in own:
                 path.unlink(missing_ok=True)
 
 

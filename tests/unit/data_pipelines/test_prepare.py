@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.merge import merge
-from data_pipelines.prepare import ChunkDone, Part, prepare
+from data_pipelines.prepare import FOLDER, ChunkDone, Part, _sweep, prepare
 from launch.cli import main
 from launch.local import child_environment
 from launch.stages import REPO
@@ -191,3 +191,15 @@ def test_a_directory_of_other_shards_is_refused(place: Path, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="not made by prepare"):
         run(place, tmp_path)
     assert (tmp_path / "shard-000000.tar").read_bytes() == b"mine"
+
+
+def test_a_restart_sweeps_what_it_left_half_written_and_nothing_of_other_parts(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / FOLDER).mkdir()
+    mine = [".shard-000005.tar.tmp-9", ".000005.json.tmp-9", "..000005.check.tmp-9.tmp-9"]
+    others = [".000006.json.tmp-9", "..000006.check.tmp-9.tmp-9"]
+    for name in mine + others:
+        (tmp_path / FOLDER / name).touch()
+    _sweep(tmp_path, [5])
+    assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == sorted(others)
