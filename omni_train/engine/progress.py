@@ -61,7 +61,14 @@ def log_step(
     *,
     log_steps: int,
 ) -> dict[str, float]:
-    """Write the `step` event and, every `log_steps`, a progress line; return the figures."""
+    """Return a step's figures; rank 0 writes them, and every `log_steps` a progress line.
+
+    What is measured of the machine is measured by the rank that writes it alone.
+    """
+    figures = {"loss": verdict.loss, **verdict.metrics}
+    if not run.is_main:
+        return figures
+    ranks = spread(verdict.own)
     seconds = sum(phases.seconds.values())
     rate = verdict.all_tokens / seconds
     peak = device_peak_flops(run.world.device)
@@ -81,7 +88,7 @@ def log_step(
         applied=verdict.finite and verdict.num_tokens > 0,
         metrics=verdict.metrics,
         seconds={name: round(value, 6) for name, value in phases.seconds.items()},
-        rank_seconds=spread(verdict.own),
+        rank_seconds=ranks,
         peak_rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         cpu_cores=round((time.process_time() - phases.cpu_begun_s) / seconds, 2),
         load=round(os.getloadavg()[0], 2),
@@ -93,15 +100,11 @@ def log_step(
         num_samples=verdict.num_samples,
         keys=verdict.keys,
     )
-    if run.is_main and run.step % log_steps == 0:
+    if run.step % log_steps == 0:
         norm = verdict.grad_norm
         text = f"step {run.step} loss {verdict.loss:.4f} norm {norm:.3g} {rate:.0f} tok/s"
-        log.info("%s%s", text, _ranks(verdict))
-    return {"loss": verdict.loss, **verdict.metrics}
-
-
-def _ranks(verdict: Verdict) -> str:
-    if len(verdict.own) == 1:
-        return ""
-    found = spread(verdict.own)
-    return ", ranks {min:.3g} / {median:.3g} / {max:.3g} s, slowest {slowest}".format(**found)
+        if len(verdict.own) > 1:
+            told = ", ranks {min:.3g} / {median:.3g} / {max:.3g} s, slowest {slowest}"
+            text += told.format(**ranks)
+        log.info("%s", text)
+    return figures

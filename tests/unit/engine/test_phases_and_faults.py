@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,11 @@ from omni_train.engine.distributed import World
 from omni_train.engine.faults import FaultConfig, FaultKind, FaultPhase, Faults
 from omni_train.engine.fit_config import FitConfig
 from omni_train.engine.phases import Phases, waits
+from omni_train.engine.progress import log_step
+from omni_train.engine.run import RunConfig, start_run
 from omni_train.engine.stragglers import spread
+from omni_train.tracking.events import read_steps
+from tests.unit.engine.test_spikes import ITEM, verdict
 
 WORLD = World(rank=1, size=2, local_rank=1, device=torch.device("cpu"))
 
@@ -51,6 +56,24 @@ def test_what_is_waited_for_is_no_work_of_this_rank(monkeypatch: pytest.MonkeyPa
 def test_the_slowest_rank_is_named() -> None:
     found = spread([{"data": 0.1, "forward": 0.1}, {"data": 0.1}, {"forward": 0.9}])
     assert found == {"min": 0.1, "median": 0.2, "max": 0.9, "slowest": 2}
+
+
+def test_rank_0_alone_measures_the_machine(tmp_path: Path) -> None:
+    config, told = RunConfig(dir=str(tmp_path)), verdict(2.0)
+    told.metrics, told.own = {"loss_source/a": 3.0}, [{"forward": 0.5}, {"forward": 0.1}]
+    phases = Phases(Faults())
+    phases.next_step(1)
+    phases.seconds["forward"] = 0.5
+    with start_run(config, stage="toy", settings=config) as run:
+        figures = log_step(run, ITEM, told, {"llm": 0.1}, phases, log_steps=1)
+        # Where this one runs there may be no such directory.
+        other = replace(run, world=WORLD, dir=tmp_path / "gone", _events=None)
+        assert log_step(other, ITEM, told, {"llm": 0.1}, phases, log_steps=1) == figures
+    assert figures == {"loss": 2.0, "loss_source/a": 3.0}
+    (step,) = read_steps(tmp_path / "events.jsonl")
+    assert (step["rank_seconds"]["slowest"], step["disk_free_gib"] >= 0) == (0, True)
+    line = "step 0 loss 2.0000 norm 1 18 tok/s, ranks 0.1 / 0.3 / 0.5 s, slowest 0"
+    assert line in (tmp_path / "logs" / "rank-00000.log").read_text()
 
 
 def test_faults_that_cannot_happen_are_refused() -> None:
