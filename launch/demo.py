@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -31,12 +30,11 @@ from launch.local import run_recipe
 from launch.report import write_page
 from launch.stages import REPO
 from omni_train.config.errors import ConfigError, DataError
+from omni_train.config.names import NAME
 from omni_train.engine.exit_codes import ExitCode
 from omni_train.tracking.events import read_new
 
 RANKS = 2
-# The name becomes a path and a Hydra value.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _NEEDED = ("espeakng_loader", "pocketsphinx")
 
 
@@ -227,7 +225,8 @@ def run_demo(
         return int(ExitCode.missing_input)
     usual = ("demo-quick" if quick else "demo") + ("" if seed is None else f"-seed{seed}")
     root = REPO / "runs" / (name or usual)
-    if not _NAME.fullmatch(root.name):
+    # The name becomes a path and a Hydra value.
+    if not NAME.fullmatch(root.name):
         console.print(f"--name={name}: letters, digits, . _ and - make a name")
         return int(ExitCode.usage)
     steps = STAGES + (THINKER if thinker else ())

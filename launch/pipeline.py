@@ -11,7 +11,6 @@ done with another fingerprint is stale. Code and data are checked by the run its
 from __future__ import annotations
 
 import json
-import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -26,13 +25,13 @@ from launch.outcome import outcome
 from launch.stages import REPO, recipe_names
 from omni_train.config.errors import ConfigError
 from omni_train.config.keys import nearest_key
+from omni_train.config.names import check_name
 from omni_train.config.safe_yaml import load_yaml
 
 PIPELINES = REPO / "conf" / "pipeline"
 RECORD_NAME = "node.json"
 # A command leaves this beside what it made.
 DONE_NAME = "node-done"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 class Kind(Enum):
@@ -168,9 +167,8 @@ def _check(name: str, config: PipelineConfig) -> None:
     for label, node in config.nodes.items():
         key = f"{name}.nodes.{label}"
         parts = [label, config.experiment, *filter(None, node.folder.split("/"))]
-        if not all(map(_NAME.fullmatch, parts)):
-            rule = "names are letters, digits, . _ and -, and begin with a letter or digit"
-            raise ConfigError(key=key, value=parts, rule=rule, remedy="rename it")
+        for part in parts:
+            check_name(part, key=key)
         if node.kind is Kind.recipe and node.recipe not in recipe_names():
             raise ConfigError(
                 key=f"{key}.recipe",

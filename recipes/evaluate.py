@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from omegaconf import DictConfig, OmegaConf
 
 from omni_train.config.errors import ConfigError
+from omni_train.config.names import check_name
 from omni_train.config.recipe import recipe_main
 from omni_train.data.tokenizer import load_tokenizer
 from omni_train.data.types import ProcessingConfig
@@ -49,9 +50,14 @@ class EvaluateConfig:
     precision: Precision = Precision.bf16
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
+    def __post_init__(self) -> None:
+        for key, given in (("tasks", self.tasks), ("speech", self.speech)):
+            for name in given:
+                check_name(name, key=key)
+
 
 def validate(cfg: EvaluateConfig, world_size: int) -> None:
-    """Refuse what could only be a mistake: random weights, or nothing to score."""
+    """Refuse what could only be a mistake: random weights, nothing to score, a name for two."""
     if not cfg.model.init_from:
         raise ConfigError(
             key="model.init_from",
@@ -65,6 +71,14 @@ def validate(cfg: EvaluateConfig, world_size: int) -> None:
             value={},
             rule="there is nothing to score",
             remedy="add tasks.NAME.path=DIRECTORY and tasks.NAME.metric, or speech.NAME.path",
+        )
+    twice = sorted(cfg.tasks.keys() & cfg.speech.keys())
+    if twice:
+        raise ConfigError(
+            key="speech",
+            value=twice,
+            rule="in tasks too, and both would write predictions-NAME.jsonl",
+            remedy="rename one of them",
         )
     if cfg.talker_before and not cfg.speech:
         raise ConfigError(

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from omni_train.config.errors import ConfigError
+from omni_train.config.names import check_name
 from omni_train.data.types import ProcessingConfig
 from omni_train.engine.deepspeed import Engine, import_deepspeed
 from omni_train.engine.fit_config import FitConfig
@@ -42,6 +43,8 @@ class SpokenConfig:
     max_rise: float | None = 0.05
 
     def __post_init__(self) -> None:
+        for name in self.tasks:
+            check_name(name, key="spoken.tasks")
         if self.every_steps < 1 or (self.max_rise is not None and self.max_rise < 0):
             raise ConfigError(
                 key="spoken",

@@ -66,6 +66,13 @@ class EvaluationTask:
 
     def __post_init__(self) -> None:
         check_at_least(self, "tasks.*", max_new_tokens=1, batch_samples=1)
+        check_at_least(
+            self,
+            "tasks.*",
+            limit=0,
+            keep_samples=0,
+            remedy="0 takes all samples, and keeps none",
+        )
 
 
 @dataclass(slots=True)

@@ -132,7 +132,7 @@ def test_a_chain_is_run_restarted_and_found_stale(
         (("recipe: text_lm", "recipe: text_lmm"), "no such recipe"),
         (("inputs: {model.init_from: one}", "inputs: {model.init_from: three}"), "comes after"),
         (("experiment: demo/text_lm", "experimant: demo/text_lm"), "did you mean"),
-        (("experiment: chain", "experiment: ../chain"), "names are letters"),
+        (("experiment: chain", "experiment: ../chain"), "a name is 1 to 63 letters"),
         (("about: three stages", "about: &a three\nx: *a"), "aliases are refused"),
         (("after: [one]}\n  four", "after: {a: b}}\n  four"), "chain"),
         (("recipe: talker_icl, after", "kind: command, args: [demo], after"), "talker group"),
