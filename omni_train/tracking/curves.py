@@ -5,6 +5,7 @@ step and held-out events -> read_curves -> [CurvePoint], in step order
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,13 +33,19 @@ class CurvePoint:
 
 
 def flatten(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Return the finite numbers of a nested record under `a/b` names."""
+    """Return the finite numbers of a nested record under `a/b` names.
+
+    The writer of events turns the others into strings; a line of other hands may still hold one,
+    and a page with NaN in its JSON shows no curve at all.
+    """
     flat: dict[str, float] = {}
     for key, value in record.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
             flat.update(flatten(value, f"{name}/"))
-        elif isinstance(value, int | float) and not isinstance(value, bool):
+        elif isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        elif math.isfinite(value):
             flat[name] = float(value)
     return flat
 

@@ -18,9 +18,12 @@ from launch.cli import main
 from omni_train.config.errors import ConfigError
 from omni_train.engine.run import RunConfig, start_run
 from omni_train.tracking.config import TrackingConfig
-from omni_train.tracking.curves import flatten
+from omni_train.tracking.curves import flatten, read_curves
 from omni_train.tracking.events import JsonlWriter, read_jsonl, read_new, read_steps
 from omni_train.tracking.lineage import made_by, read_by
+from omni_train.tracking.report import report_page
+from omni_train.tracking.report_data import read_run
+from omni_train.tracking.tensorboard_view import write_tensorboard
 from omni_train.tracking.wandb_view import write_wandb
 from tests.wandb_files import read_wandb
 
@@ -66,8 +69,28 @@ def test_a_repeated_step_counts_once(tmp_path: Path) -> None:
 
 
 def test_flatten_keeps_numbers_only() -> None:
-    record = {"a": 1, "b": {"c": 2.5, "d": "nan", "e": True}}
+    record = {"a": 1, "b": {"c": 2.5, "d": "nan", "e": True}, "f": math.nan, "g": -math.inf}
     assert flatten(record) == {"a": 1.0, "b/c": 2.5}
+
+
+def test_numbers_that_are_not_finite_break_no_view(tmp_path: Path) -> None:
+    """As our writer puts them, and as Python's JSON does elsewhere."""
+    write_events(tmp_path)
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"kind": "step", "step": 4, "loss": NaN, "lr": {"llm": 0.5}, "load": -1e999}\n')
+        file.write('{"kind": "step", "step": 5, "loss": "nan", "lr": {"llm": Infinity}}\n')
+        file.write('{"kind": "evaluation", "task": "asr", "value": NaN, "metric": "wer"}\n')
+    found = read_curves(list(read_jsonl(tmp_path / "events.jsonl")))
+    points = {point.step: point.figures for point in found}
+    assert (points[4], points[5]) == ({"lr/llm": 0.5}, {})
+    page = report_page("x", [read_run(tmp_path)])
+    charts = json.loads(page.split('type="application/json">')[1].split("</script>")[0])
+    assert "NaN" not in json.dumps(charts)
+    shown = read_wandb(write_wandb(tmp_path, project="test"))
+    assert shown.history[4]["lr/llm"] == 0.5
+    assert "loss" not in shown.history[4]
+    tags = EventAccumulator(str(write_tensorboard(tmp_path))).Reload()
+    assert [scalar.step for scalar in tags.Scalars("loss")] == [1, 2, 3]
 
 
 def test_offline_wandb_run_holds_the_events_and_no_secret(tmp_path: Path, monkeypatch) -> None:
