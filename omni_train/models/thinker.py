@@ -28,9 +28,14 @@ from omni_train.models.sequence_parallel import SequenceParallel
 from omni_train.models.weights import BuildReport
 
 # Vocabulary columns of one tile of logits; with TRL's 4,096 rows a bf16 tile takes 32 MiB.
-LOGPROB_CHUNK = 4096
+TILE_COLUMNS = 4096
 # On a CPU a tile is read and written a dozen times in fp32: a small one stays nearer.
-CPU_LOGPROB_CHUNK = 1024
+CPU_TILE_COLUMNS = 1024
+
+
+def tile_columns(device: torch.device) -> int:
+    """Return how many columns of the vocabulary `LogProbHead` takes at once."""
+    return CPU_TILE_COLUMNS if device.type == "cpu" else TILE_COLUMNS
 
 
 class LogProbHead(nn.Linear):
@@ -56,9 +61,9 @@ class LogProbHead(nn.Linear):
         """
         if targets is None:
             return super().forward(hidden)
-        chunk = LOGPROB_CHUNK if hidden.is_cuda else min(LOGPROB_CHUNK, CPU_LOGPROB_CHUNK)
+        columns = tile_columns(hidden.device)
         logprobs: Tensor = ChunkedLogProbFunction.apply(
-            hidden, self.weight, self.bias, targets, 1.0, chunk, None, 1.0, ()
+            hidden, self.weight, self.bias, targets, 1.0, columns, None, 1.0, ()
         )[0]
         if not score:
             return logprobs
@@ -68,10 +73,11 @@ class LogProbHead(nn.Linear):
         """Return int64 [N], tile by tile: no logits of a pack are built here either."""
         best = torch.full(hidden.shape[:1], -torch.inf, device=hidden.device, dtype=hidden.dtype)
         chosen = torch.zeros(hidden.shape[:1], device=hidden.device, dtype=torch.long)
-        for start in range(0, self.out_features, LOGPROB_CHUNK):
-            columns = slice(start, start + LOGPROB_CHUNK)
-            bias = None if self.bias is None else self.bias[columns]
-            highest = linear(hidden, self.weight[columns], bias).max(dim=-1)
+        size = tile_columns(hidden.device)
+        for start in range(0, self.out_features, size):
+            tile = slice(start, start + size)
+            bias = None if self.bias is None else self.bias[tile]
+            highest = linear(hidden, self.weight[tile], bias).max(dim=-1)
             better = highest.values > best
             best = torch.where(better, highest.values, best)
             chosen = torch.where(better, highest.indices + start, chosen)

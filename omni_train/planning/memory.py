@@ -15,14 +15,15 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from omni_train.models.thinker import TILE_COLUMNS
 from omni_train.planning.constants import Constants
 from omni_train.planning.shapes import TOWER_SHARES, EncoderLoad, Recompute, Setup
 
 # DeepSpeed's own limits under ZeRO-3: weights that stay gathered, and what is fetched ahead.
 MAX_LIVE_PARAMETERS = 1_000_000_000
 PREFETCH_PARAMETERS = 50_000_000
-# Rows and columns of one tile of TRL's fused kernel; bf16 with an fp32 copy and gradient.
-TILE_ROWS, TILE_COLUMNS, TILE_BYTES_PER_VALUE = 4096, 8192, 10
+# Rows of one tile of TRL's fused kernel, and bytes: bf16 with an fp32 copy and gradient.
+TILE_ROWS, TILE_BYTES_PER_VALUE = 4096, 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from omni_train.models.thinker import LogProbHead
 @pytest.mark.parametrize("chunk", [16, 50, 8192])
 def test_head_equals_log_softmax(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """Also where the vocabulary takes several chunks, the last one not full."""
-    monkeypatch.setattr(thinker_module, "LOGPROB_CHUNK", chunk)
+    monkeypatch.setattr(thinker_module, "CPU_TILE_COLUMNS", chunk)
     torch.manual_seed(0)
     head = LogProbHead(24, 130, bias=False)
     nn.init.normal_(head.weight)
@@ -36,7 +36,7 @@ def test_head_equals_log_softmax(monkeypatch: pytest.MonkeyPatch, chunk: int) ->
 def test_head_says_where_the_target_is_the_most_probable(
     monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    monkeypatch.setattr(thinker_module, "LOGPROB_CHUNK", chunk)
+    monkeypatch.setattr(thinker_module, "CPU_TILE_COLUMNS", chunk)
     torch.manual_seed(2)
     head = LogProbHead(24, 130, bias=False)
     nn.init.normal_(head.weight)
@@ -47,6 +47,12 @@ def test_head_says_where_the_target_is_the_most_probable(
     logprobs, right = head(hidden, targets, score=True)
     assert torch.equal(logprobs, head(hidden, targets))
     assert torch.equal(right, (torch.arange(60) % 3 != 0).float())
+
+
+def test_a_tile_is_smaller_on_a_cpu() -> None:
+    sizes = [thinker_module.tile_columns(torch.device(name)) for name in ("cpu", "cuda")]
+    assert sizes == [thinker_module.CPU_TILE_COLUMNS, thinker_module.TILE_COLUMNS]
+    assert sizes == sorted(sizes)
 
 
 def test_head_gives_logits_without_targets() -> None:

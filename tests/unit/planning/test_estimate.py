@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
 from omni_train.config.errors import ConfigError
 from omni_train.models.groups import THINKER_GROUPS
+from omni_train.models.thinker import tile_columns
 from omni_train.planning.constants import known_hardware, load_constants, load_hardware
 from omni_train.planning.estimate import Options, Plan, plan_stage
 from omni_train.planning.memory import estimate_memory
@@ -29,6 +32,7 @@ from recipes import (
 )
 
 CONSTANTS = load_constants()
+DEVICE = torch.device("cuda")
 H100 = load_hardware("h100")
 QWEN_7B = DecoderShape(
     layers=28, width=3584, query_width=3584, kv_width=512, ffn=18944, vocab=152064
@@ -90,7 +94,8 @@ def test_memory_parts_follow_what_they_are_made_of() -> None:
     assert estimate_memory(setup_of(devices=16), CONSTANTS).static == base.static / 2
     longer = estimate_memory(setup_of(tokens=16384), CONSTANTS)
     assert longer.kept == 2 * base.kept
-    assert longer.logits == base.logits
+    # One tile, as the loss takes it on a device.
+    assert longer.logits == base.logits == 10 * TOKEN_CHUNK_SIZE * tile_columns(DEVICE)
     built = estimate_memory(setup_of(fused_loss=False), CONSTANTS)
     assert built.logits == pytest.approx(1.6e6 * 8192, rel=0.01)
     kept = [
