@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -104,6 +105,8 @@ class Setup:
 
         Raises:
             RunError: somebody asked for a stop, which is no fault of the plan (exit code 75).
+                What a signal at this command asks for counts in any fault; a signal at a rank
+                looks like the fault of kind `stop`, and counts in the others.
         """
         folder = self.out / "config"
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,15 +120,18 @@ class Setup:
             *("fit.save_steps=1", "fit.milestone_steps=0", "fit.keep_checkpoints=2"),
             *("fit.spikes.rewind_to=null", "fit.spikes.skip_steps=[]", "tracking.wandb=false"),
         ]
+        asked: list[int] = []
         code = run_module(
             f"recipes.{self.stage}",
             [f"--config-dir={folder}", "--config-name=chaos", *usual, *settings],
             ranks=self.ranks,
             run_dir=run_dir,
             follow=lambda: None,
+            asked=asked,
         )
-        if code == ExitCode.preempted and "fit.fault.kind=stop" not in settings:
-            raise RunError(ExitCode.preempted, f"asked to stop; the copies are in {self.out}")
+        by = " by " + signal.Signals(asked[0]).name if asked else ""
+        if by or (code == ExitCode.preempted and "fit.fault.kind=stop" not in settings):
+            raise RunError(ExitCode.preempted, f"asked to stop{by}; the copies are in {self.out}")
         return code
 
     def events(self, name: str, kind: str) -> list[dict[str, Any]]:

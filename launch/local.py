@@ -177,6 +177,7 @@ def run_recipe(
         run_dir = REPO / checked.values()["run"]["dir"]
     else:
         overrides = [*overrides, f"run.dir={json.dumps(str(run_dir))}"]
+    asked: list[int] = []
     for left in range(restarts, -1, -1):
         code = run_module(
             f"recipes.{recipe}",
@@ -185,8 +186,10 @@ def run_recipe(
             run_dir=run_dir,
             follow=follow,
             stop_s=stop_s,
+            asked=asked,
         )
-        if code not in _WORTH_RESTARTING or not left:
+        # Ctrl-C ends the ranks with the code of a bug.
+        if asked or code not in _WORTH_RESTARTING or not left:
             break
         print(f"starting again from the newest checkpoint; {left - 1} more times", file=sys.stderr)
     return code
@@ -231,6 +234,7 @@ def run_module(
     follow: Callable[[], None] | None = None,
     stop_s: int | None = None,
     place: Place | None = None,
+    asked: list[int] | None = None,
 ) -> int:
     """Run `python -m MODULE ARGUMENTS` on every rank; return the status that says how it went.
 
@@ -242,6 +246,8 @@ def run_module(
         follow: as for `run_recipe`.
         stop_s: as for `run_recipe`.
         place: this machine among several; None is alone.
+        asked: gets the signals that somebody sends this process meanwhile; the code alone does not
+            tell them from those that a rank gets.
     """
     logs = run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -260,7 +266,8 @@ def run_module(
         start = own.tell()
         rank = 0 if place is None else place.node * ranks
         shown = _Screen(logs / output_name(rank)) if follow is None else follow
-        status = _watch(command, shown, own, child_environment(ranks=ranks))
+        received: list[int] = [] if asked is None else asked
+        status = _watch(command, shown, own, child_environment(ranks=ranks), received)
     if status == 0:
         return int(ExitCode.done)
     code = _code_of(_read_state(run_dir), before, output.read_bytes()[start:])
@@ -290,9 +297,13 @@ class _Screen:
 
 
 def _watch(
-    command: list[str], show: Callable[[], None], own: BinaryIO, environment: dict[str, str]
+    command: list[str],
+    show: Callable[[], None],
+    own: BinaryIO,
+    environment: dict[str, str],
+    asked: list[int],
 ) -> int:
-    """Run torchrun, show its progress, pass signals on; return its status."""
+    """Run torchrun, show its progress, pass signals on and note them; return its status."""
     process = subprocess.Popen(
         command,
         cwd=REPO,
@@ -302,7 +313,6 @@ def _watch(
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    asked: list[int] = []
 
     def pass_on(received: int, _frame: FrameType | None) -> None:
         # A second request would end torchrun while it waits for the ranks to save.

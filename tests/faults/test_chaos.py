@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from launch import chaos_run
 from launch.chaos import KINDS
 from launch.chaos_run import Report, parse_fault
 from launch.cli import main
-from launch.local import child_environment
+from launch.local import child_environment, run_module
 from launch.stages import REPO
 from omni_train.config.errors import ConfigError
 from tests.candidate_sets import content
 from tests.faults.test_preemption import command
+from tests.unit.launch.test_local import TOY
 from tests.unit.launch.test_runs import make_run
 
 
@@ -91,6 +99,44 @@ def test_no_copy_is_made_where_it_cannot_be_right(
         assert main(["chaos", str(run), *extra]) == 2
         assert text in capsys.readouterr().err
     assert not (tmp_path / "run-chaos").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_asks_to_stop_ends_the_command_whatever_the_fault(
+    number: signal.Signals,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A copy that stops as the fault would have it, but for a signal from outside."""
+    (tmp_path / "toy_recipe.py").write_text(TOY)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run = make_run(tmp_path / "user")
+    (run / "config.yaml").write_text("fit: {max_steps: 4}\n")
+    copy, starts = tmp_path / "user-chaos" / "preempt@3", []
+
+    def waits(_module: str, _settings: Sequence[str], **options: Any) -> int:
+        starts.append(options["run_dir"].name)
+        if starts == ["whole"]:
+            return 0
+        # The toy takes no overrides of Hydra's form.
+        return run_module("toy_recipe", ["wait", str(copy)], **options)
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 120
+        while not (copy / "ready-0").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(chaos_run, "run_module", waits)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    faults = ["--fault", "preempt@3", "--fault", "torn-checkpoint@3"]
+    code = main(["chaos", str(run), "--ranks", "1", *faults])
+    thread.join()
+    assert (code, starts) == (75, ["whole", "preempt@3"])
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == f"omni-train: asked to stop by {number.name}; the copies are in {copy.parent}"
 
 
 def test_one_thing_that_did_not_hold_is_a_fault_that_did_not_hold() -> None:

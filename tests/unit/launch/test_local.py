@@ -110,6 +110,21 @@ def test_ranks_that_died_are_started_again_and_errors_that_stay_are_not(
     assert "starting again from the newest checkpoint; 1 more" in capfd.readouterr().err
 
 
+def test_who_asks_to_stop_gets_no_new_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[str] = []
+
+    def interrupted(module: str, _overrides: Sequence[str], *, asked: list[int], **_: Any) -> int:
+        starts.append(module)
+        asked.append(signal.SIGINT)
+        return 70
+
+    monkeypatch.setattr(local, "run_module", interrupted)
+    assert local.run_recipe("toy", run_dir=tmp_path, restarts=2) == 70
+    assert starts == ["recipes.toy"]
+
+
 @pytest.mark.parametrize(
     ("state", "before", "output", "code"),
     [
