@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from launch.failures import describe
-from omni_train.config.errors import ConfigError, DataError
-from omni_train.engine.exit_codes import ExitCode, RunError
+from launch.failures import guarded
+from omni_train.engine.exit_codes import ExitCode
 
 
 def add_checkpoint(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -46,16 +44,12 @@ def add_checkpoint(add: Callable[..., argparse.ArgumentParser]) -> None:
     convert.add_argument("target", help="directory to make; model.init_from reads it")
 
 
+@guarded
 def run_checkpoint(args: argparse.Namespace) -> int:
     """Run one `checkpoint` command and return its exit code."""
-    try:
-        if args.action == "convert":
-            return _convert(Path(args.directory), Path(args.target))
-        return _list(Path(args.run), verify=args.action == "verify", as_json=args.json)
-    except (ConfigError, DataError, RunError, OSError) as error:
-        code, text = describe(error)
-        print(f"omni-train: {text}", file=sys.stderr)
-        return int(code)
+    if args.action == "convert":
+        return _convert(Path(args.directory), Path(args.target))
+    return _list(Path(args.run), verify=args.action == "verify", as_json=args.json)
 
 
 def _convert(source: Path, target: Path) -> int:

@@ -8,7 +8,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from launch.failures import check_writable, describe
+from launch.failures import check_writable, guarded
 from launch.inspection import ACTIONS as INSPECTIONS
 from launch.inspection import run_inspection
 from launch.local import child_environment
@@ -17,35 +17,30 @@ from launch.preparing import run_preparing
 from launch.records import ACTIONS as RECORDS
 from launch.records import run_records
 from launch.stages import REPO
-from omni_train.config.errors import ConfigError, DataError
-from omni_train.engine.exit_codes import RunError
+from omni_train.config.errors import ConfigError
 
 
+@guarded
 def run_data(args: argparse.Namespace) -> int:
     """Run one `data` command and return its exit code."""
-    try:
-        if args.action == "corpus":
-            return make_corpus(Path(args.path), seed=args.seed, quick=args.quick)
-        if args.action == "benchmark":
-            return write_benchmark(args)
-        if args.action in PREPARING:
-            return run_preparing(args)
-        if args.action in INSPECTIONS:
-            return run_inspection(args)
-        if args.action in RECORDS:
-            return run_records(args)
-        if "://" in args.path:
-            raise ConfigError(
-                key="PATH",
-                value=args.path,
-                rule="an index is written beside the shards, in a local directory",
-                remedy="index them where they are made, then copy shards, indexes and manifest",
-            )
-        return index_folder(Path(args.path), tokenizer_dir=args.tokenizer)
-    except (ConfigError, DataError, RunError, OSError) as error:
-        code, text = describe(error)
-        print(f"omni-train: {text}", file=sys.stderr)
-        return int(code)
+    if args.action == "corpus":
+        return make_corpus(Path(args.path), seed=args.seed, quick=args.quick)
+    if args.action == "benchmark":
+        return write_benchmark(args)
+    if args.action in PREPARING:
+        return run_preparing(args)
+    if args.action in INSPECTIONS:
+        return run_inspection(args)
+    if args.action in RECORDS:
+        return run_records(args)
+    if "://" in args.path:
+        raise ConfigError(
+            key="PATH",
+            value=args.path,
+            rule="an index is written beside the shards, in a local directory",
+            remedy="index them where they are made, then copy shards, indexes and manifest",
+        )
+    return index_folder(Path(args.path), tokenizer_dir=args.tokenizer)
 
 
 def make_corpus(folder: Path, *, seed: int | None, quick: bool, log: Path | None = None) -> int:

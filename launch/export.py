@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from omni_train.config.errors import ConfigError, DataError
+from launch.failures import guarded
 
 
 def add_export(command: argparse.ArgumentParser) -> None:
@@ -43,9 +42,9 @@ def add_export(command: argparse.ArgumentParser) -> None:
     )
 
 
+@guarded
 def run_export(args: argparse.Namespace) -> int:
     """Export, and return the exit code."""
-    from launch.failures import describe
     from omni_train.export.tensors import Layout
     from omni_train.export.write import ExportOptions, export
 
@@ -60,11 +59,6 @@ def run_export(args: argparse.Namespace) -> int:
         scores=tuple(args.scores),
         verify=not args.no_verify,
     )
-    try:
-        export(options, print)
-    except (ConfigError, DataError, OSError) as error:
-        code, text = describe(error)
-        print(text, file=sys.stderr)
-        return int(code)
+    export(options, print)
     print(f"exported to {args.out}")
     return 0

@@ -1,4 +1,4 @@
-"""How a `data` command fails: an exit code, and one line that says what happened and what to do."""
+"""How a command fails: an exit code, and one line that says what happened and what to do."""
 
 from __future__ import annotations
 

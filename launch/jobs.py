@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 
-from omni_train.config.errors import ConfigError, DataError
-from omni_train.engine.exit_codes import RunError
+from launch.failures import guarded
 
 Add = Callable[..., argparse.ArgumentParser]
 
@@ -49,16 +47,10 @@ def add_jobs(add: Add) -> None:
     pipeline.add_argument("--json", action="store_true", help="print JSON")
 
 
+@guarded
 def run_jobs(args: argparse.Namespace) -> int:
     """Run one of the two and return the exit code."""
-    try:
-        from launch import starting
+    from launch import starting
 
-        run = starting.run_launch if args.command == "launch" else starting.run_pipeline
-        return run(args)
-    except (ConfigError, DataError, RunError, OSError) as error:
-        from launch.failures import describe
-
-        code, text = describe(error)
-        print(f"omni-train: {text}", file=sys.stderr)
-        return int(code)
+    run = starting.run_launch if args.command == "launch" else starting.run_pipeline
+    return run(args)

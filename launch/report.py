@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.failures import check_writable, guarded
 from omni_train.config.errors import ConfigError, DataError
-from omni_train.engine.exit_codes import RunError
 
 if TYPE_CHECKING:
     from launch.pipeline import Node
@@ -46,19 +46,9 @@ def add_report(add: Add) -> None:
     report.add_argument("--json", action="store_true", help="print JSON")
 
 
+@guarded
 def run_report(args: argparse.Namespace) -> int:
     """Write the page and return the exit code."""
-    from launch.failures import describe
-
-    try:
-        return _write(args)
-    except (ConfigError, DataError, RunError, OSError) as error:
-        code, text = describe(error)
-        print(f"omni-train: {text}", file=sys.stderr)
-        return int(code)
-
-
-def _write(args: argparse.Namespace) -> int:
     import json
 
     out, names = write_page(
@@ -85,7 +75,6 @@ def write_page(
     Raises:
         ConfigError, FileNotFoundError: there is no such run, or it cannot be written.
     """
-    from launch.failures import check_writable
     from omni_train.engine.run import write_text_atomically
     from omni_train.tracking.report import report_page
 
@@ -166,37 +155,43 @@ def _read(
     return facts, graph if len(graph) > 1 else []
 
 
+def _new_sources(
+    facts: Sequence[RunFacts], folders: Sequence[Path]
+) -> Iterator[tuple[RunFacts, str, dict[str, object]]]:
+    """Yield each training source once: the first run that reads it, its path, and the settings."""
+    from omni_train.tracking.report_data import settings_of
+
+    seen: set[str] = set()
+    for run, folder in zip(facts, folders, strict=True):
+        settings = settings_of(folder)
+        for key, value in settings.items():
+            source = str(value)
+            is_source = key.startswith("data.sources.") and key.endswith(".path")
+            if is_source and source not in seen:
+                seen.add(source)
+                yield run, source, settings
+
+
 def _add_pairs(facts: Sequence[RunFacts], folders: Sequence[Path]) -> None:
     """Put pairs to listen to with the first run that learnt from them."""
     from launch.stages import REPO
-    from omni_train.tracking.report_data import heard_pairs, settings_of
+    from omni_train.tracking.report_data import heard_pairs
 
-    shown: set[str] = set()
-    for run, folder in zip(facts, folders, strict=True):
-        for key, value in settings_of(folder).items():
-            if key.startswith("data.sources.") and key.endswith(".path") and value not in shown:
-                shown.add(str(value))
-                run.pairs += heard_pairs(REPO / str(value))
+    for run, source, _ in _new_sources(facts, folders):
+        run.pairs += heard_pairs(REPO / source)
 
 
 def _add_pictures(facts: Sequence[RunFacts], folders: Sequence[Path]) -> None:
     """Draw the timeline of the first sample of every training source, each source once."""
-    from omni_train.tracking.report_data import data_uri, settings_of
+    from omni_train.tracking.report_data import data_uri
 
-    drawn: set[str] = set()
-    for run, folder in zip(facts, folders, strict=True):
-        settings = settings_of(folder)
-        for key, value in settings.items():
-            is_source = key.startswith("data.sources.") and key.endswith(".path")
-            if not is_source or value in drawn:
-                continue
-            drawn.add(str(value))
-            try:
-                key, content = _draw(str(value), settings)
-            except (ConfigError, DataError, OSError) as error:
-                print(f"no picture of {value}: {error}", file=sys.stderr)
-                continue
-            run.pictures.append((f"{value}: {key}", data_uri(content, "image/png")))
+    for run, source, settings in _new_sources(facts, folders):
+        try:
+            key, content = _draw(source, settings)
+        except (ConfigError, DataError, OSError) as error:
+            print(f"no picture of {source}: {error}", file=sys.stderr)
+            continue
+        run.pictures.append((f"{source}: {key}", data_uri(content, "image/png")))
 
 
 def _draw(source: str, settings: dict[str, object]) -> tuple[str, bytes]:

@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.failures import describe
-from omni_train.config.errors import ConfigError, DataError
-from omni_train.engine.exit_codes import RunError
+from launch.failures import guarded
+from omni_train.config.errors import ConfigError
 from omni_train.engine.lock import RunLock
 
 if TYPE_CHECKING:
@@ -58,21 +57,17 @@ def add_talker(add: Add) -> None:
     pairs.add_argument("--recording", choices=["never", "may", "chosen"], default="never")
 
 
+@guarded
 def run_talker(args: argparse.Namespace) -> int:
     """Run one `talker` command and return its exit code."""
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(out.with_name(f".{out.name}.lock"))
+    lock.acquire(f"talker {args.action}")
     try:
-        out = Path(args.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lock = RunLock(out.with_name(f".{out.name}.lock"))
-        lock.acquire(f"talker {args.action}")
-        try:
-            (_rank if args.action == "rank" else _pairs)(args)
-        finally:
-            lock.release()
-    except (ConfigError, DataError, RunError, OSError) as error:
-        code, text = describe(error)
-        print(f"omni-train: {text}", file=sys.stderr)
-        return int(code)
+        (_rank if args.action == "rank" else _pairs)(args)
+    finally:
+        lock.release()
     return 0
 
 
