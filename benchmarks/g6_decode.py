@@ -14,9 +14,9 @@ from benchmarks import gpu
 from benchmarks.report import Row, compare
 from benchmarks.talker_decode import Peer, make_layouts, speech_request
 from omni_train.models.config import ModelConfig, ModelPreset
-from omni_train.models.presets import RELEASED_SPEAKERS, RELEASED_TTS, build_config
+from omni_train.models.presets import build_config
 from omni_train.models.talker import Talker
-from omni_train.models.talker_layout import TalkerSpec
+from omni_train.models.talker_spec import released_talker_spec
 from omni_train.speech.decode_step import DecodeStep
 from omni_train.speech.sampling import SamplingConfig, sample_codes
 
@@ -33,22 +33,9 @@ def make_talker(place: gpu.Place) -> Talker:
         config = ModelConfig(tokenizer="in memory")
         built = build_talker(config, tokenizer, seed=0, dtype=place.dtype, fresh=True)
         return built.talker.eval().requires_grad_(False)
-    config = build_config(ModelPreset.qwen2_5_omni_7b).talker_config
-    spec = TalkerSpec(
-        codec_pad=config.tts_codec_pad_token_id,
-        codec_bos=config.tts_codec_start_token_id,
-        codec_eos=config.tts_codec_end_token_id,
-        codec_mask=config.tts_codec_mask_token_id,
-        num_codes=8192,
-        vocab_size=config.vocab_size,
-        row_ids=(
-            RELEASED_TTS["tts_text_end_token_id"],
-            RELEASED_TTS["tts_text_pad_token_id"],
-            *RELEASED_SPEAKERS.values(),
-        ),
-        speakers=RELEASED_SPEAKERS,
-    )
-    return gpu.build(place, lambda: Talker(config, spec)).eval().requires_grad_(False)
+    config = build_config(ModelPreset.qwen2_5_omni_7b)
+    spec = released_talker_spec(config)
+    return gpu.build(place, lambda: Talker(config.talker_config, spec)).eval().requires_grad_(False)
 
 
 def copy_rate(place: gpu.Place, times: int) -> float:

@@ -27,9 +27,10 @@ from omni_train.engine.distributed import sum_over_ranks
 from omni_train.engine.fingerprint import flatten, plain
 from omni_train.engine.run import Run
 from omni_train.models.config import ModelConfig
-from omni_train.models.presets import resolve_speech_config, talker_spec
+from omni_train.models.presets import resolve_speech_config
 from omni_train.models.talker import thinker_states
 from omni_train.models.talker_build import build_thinker_replica
+from omni_train.models.talker_spec import talker_spec
 from omni_train.models.talker_states import StateStore, thinker_hash
 from omni_train.models.thinker import ThinkerForTraining
 

@@ -40,8 +40,9 @@ from omni_train.export.tensors import Layout, Part, choose_parts, write_parts
 from omni_train.models.build import build_replica
 from omni_train.models.groups import THINKER_GROUPS
 from omni_train.models.lora import lora_of, write_adapter
-from omni_train.models.presets import model_spec, quiet, resolve_speech_config, talker_spec
+from omni_train.models.presets import model_spec, quiet, resolve_speech_config
 from omni_train.models.talker_layout import TalkerSpec
+from omni_train.models.talker_spec import talker_spec
 from omni_train.models.weights import SafetensorsSource, WeightSource, open_source
 
 SPEAKERS_FILE = "spk_dict.pt"

@@ -46,7 +46,6 @@ from omni_train.models.presets import (
     model_spec,
     resolve_config,
     resolve_speech_config,
-    talker_spec,
 )
 from omni_train.models.sequence_parallel import (
     check_sequence_parallel,
@@ -55,6 +54,7 @@ from omni_train.models.sequence_parallel import (
 )
 from omni_train.models.talker import OmniForTraining, Talker, TalkerForTraining
 from omni_train.models.talker_layout import TalkerSpec
+from omni_train.models.talker_spec import talker_spec
 from omni_train.models.thinker import ThinkerForTraining
 from omni_train.models.weights import (
     TEXT_TABLE,

@@ -23,11 +23,10 @@ from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import (
 from transformers.utils import logging as transformers_logging
 
 from omni_train.config.errors import ConfigError
-from omni_train.data.tokenizer import SPEAKER_TOKENS, TTS_TOKENS, special_tokens
+from omni_train.data.tokenizer import TTS_TOKENS, special_tokens
 from omni_train.data.types import ModelSpec, SpecialTokens
 from omni_train.models.config import TINY_HEAD_DIM, ModelConfig, ModelPreset, TinySizes
 from omni_train.models.parts import use_part_sizes
-from omni_train.models.talker_layout import TalkerSpec
 
 # Qwen2.5-Omni's rotary base and the split of half a head over time, height and width.
 ROPE = {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [16, 24, 24]}
@@ -247,65 +246,6 @@ def model_spec(
         positions_per_second=thinker_config.position_id_per_seconds,
         seconds_per_chunk=thinker_config.seconds_per_chunk,
     )
-
-
-def talker_spec(
-    config: Qwen2_5OmniConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast
-) -> TalkerSpec:
-    """Return what the data workers need of the Talker.
-
-    Raises:
-        ConfigError: a speaker's token is not in the tokenizer, or the Talker does not read states
-            of the Thinker's width.
-    """
-    talker, width = config.talker_config, config.thinker_config.text_config.hidden_size
-    if talker.embedding_size != width:
-        raise ConfigError(
-            key="model.init_from",
-            value=model.init_from,
-            rule=f"the Talker reads states of {talker.embedding_size}, the Thinker has {width}",
-            remedy="use Thinker and Talker of one release, or of one preset",
-        )
-    vocab = tokenizer.get_vocab()
-    if all(token in vocab for token in SPEAKER_TOKENS):
-        known = {token: vocab[token] for token in SPEAKER_TOKENS}
-    else:
-        known = dict(RELEASED_SPEAKERS)
-    for name, token in model.speakers.items():
-        if token not in vocab:
-            raise ConfigError(
-                key=f"model.speakers.{name}",
-                value=token,
-                rule="the tokenizer has no such token",
-                remedy="use one of its tokens that nothing else uses",
-            )
-    speakers = {name: vocab[token] for name, token in model.speakers.items()} or known
-    # The order must not depend on the config: a checkpoint holds the rows by their place.
-    fixed = sorted({*known.values(), *speakers.values()} - _new_ids(model, vocab, known))
-    return TalkerSpec(
-        codec_pad=talker.tts_codec_pad_token_id,
-        codec_bos=talker.tts_codec_start_token_id,
-        codec_eos=talker.tts_codec_end_token_id,
-        codec_mask=talker.tts_codec_mask_token_id,
-        # Token2Wav's table has one row that is no code; a smaller Talker's codes end at its pad.
-        num_codes=min(
-            config.token2wav_config.dit_config.num_embeds - 1, talker.tts_codec_pad_token_id
-        ),
-        vocab_size=talker.vocab_size,
-        row_ids=(
-            talker.tts_text_end_token_id,
-            talker.tts_text_pad_token_id,
-            *fixed,
-            *(speakers[name] for name in model.new_speakers),
-        ),
-        num_new_speakers=len(model.new_speakers),
-        speakers=speakers,
-    )
-
-
-def _new_ids(model: ModelConfig, vocab: dict[str, int], known: dict[str, int]) -> set[int]:
-    """Ids that only new speakers use; a known row that gets a new one stays where it is."""
-    return {vocab[model.speakers[name]] for name in model.new_speakers} - set(known.values())
 
 
 def _media_ids(config: Qwen2_5OmniThinkerConfig) -> dict[str, int]:

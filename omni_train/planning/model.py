@@ -7,7 +7,7 @@ it and a test holds the two together.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,13 @@ from omni_train.engine.optim import OptimConfig
 from omni_train.models.config import ModelConfig, ModelPreset
 from omni_train.models.groups import THINKER_GROUPS, select_groups
 from omni_train.models.presets import (
-    RELEASED_SPEAKERS,
     build_config,
     resolve_config,
     resolve_speech_config,
-    talker_spec,
 )
 from omni_train.models.talker import Talker
 from omni_train.models.talker_layout import TalkerSpec
+from omni_train.models.talker_spec import released_talker_spec, talker_spec
 from omni_train.planning.shapes import DecoderShape
 
 _TALKER = ("talker", "talker_projection", "codec_head")
@@ -245,7 +244,7 @@ def _meta_model(
             parts["thinker"] = Qwen2_5OmniThinkerForConditionalGeneration(config.thinker_config)
         if speech:
             spec = (
-                _released_spec(config, settings)
+                _without_tokenizer(config, settings)
                 if tokenizer is None
                 else talker_spec(config, settings, tokenizer)
             )
@@ -253,21 +252,11 @@ def _meta_model(
     return parts
 
 
-def _released_spec(config: Qwen2_5OmniConfig, settings: ModelConfig) -> TalkerSpec:
+def _without_tokenizer(config: Qwen2_5OmniConfig, settings: ModelConfig) -> TalkerSpec:
     """Enough of a spec for the number of rows; ids of new speakers need a tokenizer."""
-    talker, new = config.talker_config, len(settings.new_speakers)
-    rows = (talker.tts_text_end_token_id, talker.tts_text_pad_token_id)
-    known = tuple(RELEASED_SPEAKERS.values())
-    return TalkerSpec(
-        codec_pad=talker.tts_codec_pad_token_id,
-        codec_bos=talker.tts_codec_start_token_id,
-        codec_eos=talker.tts_codec_end_token_id,
-        codec_mask=talker.tts_codec_mask_token_id,
-        num_codes=talker.tts_codec_pad_token_id,
-        vocab_size=talker.vocab_size,
-        row_ids=(*rows, *known, *known[:1] * new),
-        num_new_speakers=new,
-    )
+    released, new = released_talker_spec(config), len(settings.new_speakers)
+    rows = (*released.row_ids, *released.row_ids[-1:] * new)
+    return replace(released, row_ids=rows, num_new_speakers=new)
 
 
 def _decoder(config: Any, *, has_head: bool) -> DecoderShape:

@@ -9,36 +9,23 @@ from omni_train.engine.optim import OptimConfig
 from omni_train.models.build import materialise
 from omni_train.models.config import ModelPreset
 from omni_train.models.groups import select_groups
-from omni_train.models.presets import RELEASED_SPEAKERS, RELEASED_TTS, build_config
+from omni_train.models.presets import RELEASED_SPEAKERS, build_config
 from omni_train.models.talker import Talker, TalkerForTraining
 from omni_train.models.talker_layout import (
     SpeechBatch,
     SpokenReply,
-    TalkerSpec,
     lay_out,
     pack_speech,
 )
+from omni_train.models.talker_spec import released_talker_spec
 from omni_train.objectives.codec_next_token import codec_next_token
 
 
 @pytest.mark.slow
 def test_one_step_of_two_layers_of_the_7b_talker() -> None:
-    config = build_config(ModelPreset.qwen2_5_omni_7b).talker_config
+    whole = build_config(ModelPreset.qwen2_5_omni_7b)
+    config, spec = whole.talker_config, released_talker_spec(whole)
     config.num_hidden_layers, config.layer_types = 2, config.layer_types[:2]
-    spec = TalkerSpec(
-        codec_pad=config.tts_codec_pad_token_id,
-        codec_bos=config.tts_codec_start_token_id,
-        codec_eos=config.tts_codec_end_token_id,
-        codec_mask=config.tts_codec_mask_token_id,
-        num_codes=8192,
-        vocab_size=config.vocab_size,
-        row_ids=(
-            RELEASED_TTS["tts_text_end_token_id"],
-            RELEASED_TTS["tts_text_pad_token_id"],
-            *RELEASED_SPEAKERS.values(),
-        ),
-        speakers=RELEASED_SPEAKERS,
-    )
     with torch.device("meta"):
         model = TalkerForTraining(Talker(config, spec))
     materialise(model, sources={}, seed=0, dtype=torch.float32)

@@ -30,7 +30,8 @@ from omni_train.data.stores import Store
 from omni_train.data.types import IndexRow, PackSpec, SampleRef
 from omni_train.engine.run import Run, RunConfig, start_run
 from omni_train.models.config import ModelConfig, TinySizes
-from omni_train.models.presets import resolve_speech_config, talker_spec
+from omni_train.models.presets import resolve_speech_config
+from omni_train.models.talker_spec import talker_spec
 from omni_train.models.talker_states import StateStore
 from omni_train.speech.codec import dump_codes
 from tests.faults.shards import wav

@@ -22,8 +22,9 @@ from omni_train.models.build import (
 )
 from omni_train.models.config import ModelConfig, ModelPreset, TinySizes
 from omni_train.models.groups import select_groups
-from omni_train.models.presets import RELEASED_SPEAKERS, build_config, talker_spec
+from omni_train.models.presets import RELEASED_SPEAKERS, build_config
 from omni_train.models.talker import TalkerForTraining
+from omni_train.models.talker_spec import released_talker_spec, talker_spec
 from omni_train.models.weights import TEXT_TABLE, canonical_name
 from tests.numerics.samples import small_tokenizer
 from tests.numerics.talker_models import SIZES, Models, make_models
@@ -76,6 +77,7 @@ def test_the_released_presets(tokenizer: PreTrainedTokenizerFast) -> None:
     assert (spec.num_codes, spec.vocab_size) == (8192, 8448)
     assert spec.stop_ids == (8292, 8294)
     assert {8192, 8293, 8296, 8447} < set(spec.suppressed_ids)
+    assert released_talker_spec(config) == spec
 
 
 def test_from_a_released_checkpoint(released: tuple[Path, Models]) -> None:
