@@ -17,13 +17,13 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks import media
+from benchmarks import loads, media
 from benchmarks.operators import HAS_TORCHVISION
 from benchmarks.report import NO_TORCHVISION, Row, compare, mean_row, not_taken, parser, show
 from omni_train.data.chatml import DEFAULT_SYSTEM, count_text_tokens, media_pieces
@@ -31,23 +31,13 @@ from omni_train.data.encode import encode
 from omni_train.data.image import normalize_patches
 from omni_train.data.media import decode_audio, decode_image, decode_video, probe
 from omni_train.data.tokenizer import CHAT_TOKENS, special_tokens, train_tokenizer
-from omni_train.data.types import IndexRow, ModelSpec, ProcessingConfig, RawSample
+from omni_train.data.types import IndexRow, ProcessingConfig, RawSample
 from omni_train.data.video import plan_clip
 
 TEXTS = ["what is seen and heard in this recording", "a short answer in a few plain words"]
 TOKENIZER = train_tokenizer(TEXTS, vocab_size=400)
 CONFIG = ProcessingConfig()
-SPEC = ModelSpec(
-    tokens=special_tokens(TOKENIZER),
-    patch_size=14,
-    temporal_patch_size=2,
-    merge_size=2,
-    window_size=112,
-    num_mel_bins=128,
-    audio_chunk_frames=200,
-    positions_per_second=25,
-    seconds_per_chunk=2,
-)
+SPEC = replace(loads.SPEC, tokens=special_tokens(TOKENIZER))
 IMAGE_BOUNDS, VIDEO_BOUNDS = (
     {"shortest_edge": low, "longest_edge": high}
     for low, high in (

@@ -18,6 +18,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,12 @@ import webdataset as wds
 from accelerate import skip_first_batches
 from torch.utils.data import DataLoader
 
+from benchmarks import loads
 from benchmarks.report import compare, limit, parser, show
 from benchmarks.shards import write_copies
 from omni_train.data.config import DataConfig, SourceConfig
 from omni_train.data.loader import PlannedLoader
 from omni_train.data.tokenizer import special_tokens, train_tokenizer
-from omni_train.data.types import ModelSpec
 from omni_train.engine.types import StepItem
 
 SHARDS, PER_SHARD = 100, 1000
@@ -41,21 +42,13 @@ BATCH = 8
 MOST_MS = 1000.0
 LEAST_RATIO = 50.0
 TOKENIZER = train_tokenizer(["which word was said and what is on the picture"], vocab_size=330)
-SPEC = ModelSpec(
-    tokens=special_tokens(TOKENIZER),
-    patch_size=14,
-    temporal_patch_size=2,
-    merge_size=2,
-    window_size=112,
-    num_mel_bins=128,
-    audio_chunk_frames=200,
-    positions_per_second=25,
-    seconds_per_chunk=2,
-)
+SPEC = replace(loads.SPEC, tokens=special_tokens(TOKENIZER))
 
 
-def make_loader(root: Path, *, num_workers: int = 0) -> PlannedLoader:
-    """Return a loader at the start of the set."""
+def make_loader(
+    root: Path, *, rank: int = 0, world_size: int = 1, num_workers: int = 0
+) -> PlannedLoader:
+    """Return a rank's loader at the start of the set."""
     config = DataConfig(
         sources={"text": SourceConfig(path=str(root))},
         pack_tokens=2048,
@@ -66,8 +59,8 @@ def make_loader(root: Path, *, num_workers: int = 0) -> PlannedLoader:
         config,
         tokenizer=TOKENIZER,
         spec=SPEC,
-        rank=0,
-        world_size=1,
+        rank=rank,
+        world_size=world_size,
         seed=0,
         ledger=lambda **row: None,
     )

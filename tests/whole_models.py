@@ -21,7 +21,8 @@ from tests.unit.data.clips import clip, every, tone, wav
 from tests.unit.data.samples import png
 
 VOICE = "Chelsie"
-# Small enough for a test; codes as many as the tiny Talker's.
+# Small enough for a test; codes as many as the tiny Talker's. As released, the layers that look
+# beyond their block: two back, one ahead.
 DIT = {
     "hidden_size": 32,
     "num_hidden_layers": 4,

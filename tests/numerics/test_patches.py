@@ -11,6 +11,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     smart_resize as hf_smart_resize,
 )
 
+from benchmarks.loads import SPEC
 from omni_train.config.errors import DataError
 from omni_train.data.image import (
     CLIP_MEAN,
@@ -23,19 +24,7 @@ from omni_train.data.image import (
     smart_resize,
     smart_resize_many,
 )
-from omni_train.data.types import ModelSpec, SpecialTokens
 
-SPEC = ModelSpec(
-    tokens=SpecialTokens(*range(9)),
-    patch_size=14,
-    temporal_patch_size=2,
-    merge_size=2,
-    window_size=112,
-    num_mel_bins=128,
-    audio_chunk_frames=200,
-    positions_per_second=25,
-    seconds_per_chunk=2,
-)
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 300 * 300
 
 

@@ -34,14 +34,14 @@ from benchmarks.b05_balance import (
     planning_ms,
     tight_lower_bound,
 )
+from benchmarks.b08_resume import make_loader
 from benchmarks.bound import simple_bound, tight_bound
 from benchmarks.loads import Load
 from benchmarks.shards import write_copies
-from omni_train.data.config import DataConfig, SourceConfig
 from omni_train.data.loader import PlannedLoader
 from omni_train.data.plan import assign, lockstep_cost
 from omni_train.data.types import PackSpec
-from tests.unit.data.samples import SPEC, TOKENIZER
+from tests.unit.data.samples import TOKENIZER
 
 MIXTURES = ("web", "dialogue")
 SEEDS = (0, 1)
@@ -149,26 +149,6 @@ def test_planning_a_global_step_takes_under_5_ms() -> None:
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_copies(tmp_path_factory.mktemp("large"), TOKENIZER)
-
-
-def make_loader(
-    root: Path, *, rank: int = 0, world_size: int = 1, num_workers: int = 0
-) -> PlannedLoader:
-    config = DataConfig(
-        sources={"text": SourceConfig(path=str(root))},
-        pack_tokens=2048,
-        global_batch_packs=8,
-        num_workers=num_workers,
-    )
-    return PlannedLoader(
-        config,
-        tokenizer=TOKENIZER,
-        spec=SPEC,
-        rank=rank,
-        world_size=world_size,
-        seed=0,
-        ledger=lambda **row: None,
-    )
 
 
 def test_resume_at_75_percent_is_immediate_and_identical(large: Path) -> None:

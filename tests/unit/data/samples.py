@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
 
+from benchmarks import loads
 from omni_train.data.chatml import MediaPiece, count_text_tokens, render
 from omni_train.data.media import probe
 from omni_train.data.tokenizer import special_tokens, train_tokenizer
-from omni_train.data.types import IndexRow, ModelSpec, ProcessingConfig, RawSample
+from omni_train.data.types import IndexRow, ProcessingConfig, RawSample
 
 TOKENIZER = train_tokenizer(["which word was said and what is on the picture"], vocab_size=330)
-SPEC = ModelSpec(
-    tokens=special_tokens(TOKENIZER),
-    patch_size=14,
-    temporal_patch_size=2,
-    merge_size=2,
-    window_size=112,
-    num_mel_bins=128,
-    audio_chunk_frames=200,
-    positions_per_second=25,
-    seconds_per_chunk=2,
-)
+SPEC = replace(loads.SPEC, tokens=special_tokens(TOKENIZER))
 CONFIG = ProcessingConfig(
     image_min_pixels=28 * 28,
     image_max_pixels=112 * 112,

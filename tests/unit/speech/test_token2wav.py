@@ -13,37 +13,16 @@ from transformers import Qwen2_5OmniToken2WavConfig, Qwen2_5OmniToken2WavModel
 from omni_train.config.errors import ConfigError, DataError
 from omni_train.speech.codec import CodecConfig, CodecKind, Speaker, load_codec
 from omni_train.speech.token2wav import Token2WavCodec, Window, load_speakers
+from tests import whole_models
 
-# As released, the layers that look beyond their block: two back, one ahead.
-DIT = {
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "head_dim": 16,
-    "emb_dim": 16,
-    "look_ahead_layers": [2],
-    "look_backward_layers": [0, 3],
-    "num_embeds": 33,
-    "enc_channels": [16, 16, 16, 16, 48],
-    "enc_attention_channels": 8,
-    "enc_se_channels": 8,
-    "enc_dim": 8,
-    "dropout": 0.0,
-}
-VOCODER = {
-    "upsample_initial_channel": 32,
-    "resblock_kernel_sizes": [3],
-    "resblock_dilation_sizes": [[1, 1, 3]],
-    "upsample_rates": [10, 24],
-    "upsample_kernel_sizes": [20, 48],
-}
+DIT = {**whole_models.DIT, "num_embeds": 33}
 BLOCK = 12
 
 
 @pytest.fixture(scope="module")
 def model() -> Qwen2_5OmniToken2WavModel:
     torch.manual_seed(0)
-    config = Qwen2_5OmniToken2WavConfig(dit_config=DIT, bigvgan_config=VOCODER)
+    config = Qwen2_5OmniToken2WavConfig(dit_config=DIT, bigvgan_config=whole_models.VOCODER)
     made = Qwen2_5OmniToken2WavModel(config).float()
     # Random weights attend to nothing in particular: make neighbours matter.
     with torch.no_grad():
