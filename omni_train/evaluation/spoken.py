@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import soundfile
-import soxr
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -50,7 +49,7 @@ from omni_train.speech.codec import (
     load_codec,
     load_voices,
 )
-from omni_train.speech.mel import SAMPLE_RATE_HZ
+from omni_train.speech.mel import SAMPLE_RATE_HZ, to_16_khz
 from omni_train.speech.pauses import PauseConfig, PauseErrors
 from omni_train.speech.sampling import SampledSpeech, SamplingConfig
 from omni_train.speech.similarity import SimilarityConfig, Voices, known_voices
@@ -207,10 +206,12 @@ def _judged(
     voice = find_voice(judge.speakers, index_row.speaker, key=place)
     for sample, speech in enumerate(samples):
         wave = to_wave(judge.codec, speech.codes, voice)
+        # Recogniser and comparison of voices take the same rate.
+        heard = to_16_khz(wave.numpy(), judge.codec.sample_rate_hz)
         score = score_reply(
             text,
-            wave.numpy(),
-            judge.codec.sample_rate_hz,
+            heard,
+            SAMPLE_RATE_HZ,
             ended=speech.ended,
             recognizer=judge.recognizer,
             normalizer=judge.task.normalizer,
@@ -219,7 +220,7 @@ def _judged(
         row = {"number": number, "sample": sample, "key": index_row.key, "text": text}
         row |= {"speaker": index_row.speaker, "wer": score.wer, **asdict(score)}
         row["failure"] = score.failure.name if score.failure else None
-        row |= _whose(judge, index_row.speaker, wave)
+        row |= _whose(judge, index_row.speaker, torch.from_numpy(heard))
         row |= {"ended": speech.ended, "codes": speech.codes}
         if sample == 0 and number < judge.task.keep_waves and len(wave):
             row["wave"] = _keep(judge, index_row.key, wave)
@@ -227,12 +228,9 @@ def _judged(
 
 
 def _whose(judge: _Judge, speaker: str, wave: Tensor) -> dict[str, Any]:
-    """Similarity to the voice that was asked for, and the nearest of all."""
+    """Similarity of a wave at 16 kHz to the voice that was asked for, and the nearest of all."""
     if judge.voices is None or not len(wave):
         return {}
-    if judge.codec.sample_rate_hz != SAMPLE_RATE_HZ:
-        rates = (judge.codec.sample_rate_hz, SAMPLE_RATE_HZ)
-        wave = torch.from_numpy(soxr.resample(wave.numpy(), *rates, quality="HQ"))
     found = judge.voices.similarities(wave)
     if speaker not in found:
         raise ConfigError(

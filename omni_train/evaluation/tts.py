@@ -17,12 +17,12 @@ from enum import Enum
 
 import jiwer
 import numpy as np
-import soxr
 from numpy.typing import NDArray
 
 from omni_train.config.errors import DataError
 from omni_train.evaluation.metrics import Normalizer, normalize
-from omni_train.speech.asr import SAMPLE_RATE_HZ, Recognizer, Transcript
+from omni_train.speech.asr import Recognizer, Transcript
+from omni_train.speech.mel import to_16_khz
 from omni_train.speech.pauses import PauseConfig, PauseErrors, count_pause_errors
 
 _MAX_LOOP_WORDS = 4
@@ -94,8 +94,7 @@ def score_reply(
     reference = normalize(text, normalizer)
     if not reference:
         raise DataError("empty_reference", f"text {text!r} has no word to compare")
-    if sample_rate_hz != SAMPLE_RATE_HZ and len(wave):
-        wave = soxr.resample(wave, sample_rate_hz, SAMPLE_RATE_HZ, quality="HQ")
+    wave = to_16_khz(wave, sample_rate_hz)
     transcript = recognizer.transcribe(wave) if len(wave) else Transcript("", [])
     heard = normalize(transcript.text, normalizer)
     errors, units = count_errors(reference, heard, normalizer)

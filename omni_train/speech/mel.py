@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
+import soxr
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -28,6 +29,14 @@ FLOOR_POWER = 1e-10
 DYNAMIC_RANGE = 8.0
 
 IntOrArray = TypeVar("IntOrArray", int, NDArray[np.int64])
+
+
+def to_16_khz(wave: NDArray[np.float32], rate_hz: int) -> NDArray[np.float32]:
+    """Return a wave float32 [S] at the rate that this module and the recognisers take."""
+    if rate_hz == SAMPLE_RATE_HZ or not len(wave):
+        return wave
+    resampled: NDArray[np.float32] = soxr.resample(wave, rate_hz, SAMPLE_RATE_HZ, quality="HQ")
+    return resampled
 
 
 def num_mel_frames(num_samples: IntOrArray) -> IntOrArray:

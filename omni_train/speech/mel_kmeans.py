@@ -27,7 +27,6 @@ from typing import Self
 
 import numpy as np
 import safetensors.torch
-import soxr
 import torch
 import xxhash
 from safetensors import SafetensorError
@@ -51,6 +50,7 @@ from omni_train.speech.mel import (
     SAMPLE_RATE_HZ,
     SILENCE_SAMPLES,
     log_mel,
+    to_16_khz,
 )
 
 FRAMES_PER_SECOND = SAMPLE_RATE_HZ // HOP_SAMPLES
@@ -256,11 +256,7 @@ def stacked_mel(wave: Tensor, sample_rate_hz: int, config: MelKMeansConfig) -> T
     check_wave(wave)
     if not 0 < sample_rate_hz <= _MAX_RATE_HZ:
         raise DataError("bad_rate", f"{sample_rate_hz} Hz is no rate of a wave")
-    wave = wave.to(torch.float32)
-    if sample_rate_hz != SAMPLE_RATE_HZ:
-        wave = torch.from_numpy(
-            soxr.resample(wave.numpy(), sample_rate_hz, SAMPLE_RATE_HZ, quality="HQ")
-        )
+    wave = torch.from_numpy(to_16_khz(wave.to(torch.float32).numpy(), sample_rate_hz))
     wave = wave * (_RMS / max(float(wave.square().mean().sqrt()), _TINY))
     samples_per_code = SAMPLE_RATE_HZ // config.frame_rate_hz
     # The transform reflects the wave at its start, which a shorter one does not allow.
