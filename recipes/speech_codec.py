@@ -21,7 +21,7 @@ from omni_train.config.errors import ConfigError
 from omni_train.config.recipe import recipe_main
 from omni_train.engine.run import RunConfig, start_run
 from omni_train.evaluation.round_trip import RoundTripConfig, check_round_trip
-from omni_train.speech.codec_fit import CodecFitConfig, SpeechSource, fit_codec, speech_hashes
+from omni_train.speech.codec_fit import ClipSource, CodecFitConfig, fit_codec, speech_hashes
 from omni_train.speech.mel_kmeans import CODEC_DIR, MelKMeansConfig
 from omni_train.tracking.config import TrackingConfig
 
@@ -31,7 +31,7 @@ class SpeechCodecConfig:
     """Root config of `speech_codec`."""
 
     run: RunConfig
-    speech: dict[str, SpeechSource] = field(default_factory=dict)
+    speech: dict[str, ClipSource] = field(default_factory=dict)
     codec: MelKMeansConfig = field(default_factory=MelKMeansConfig)
     kmeans: CodecFitConfig = field(default_factory=CodecFitConfig)
     check: RoundTripConfig | None = None

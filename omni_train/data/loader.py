@@ -20,15 +20,14 @@ from transformers import PreTrainedTokenizerFast
 
 from omni_train.config.errors import ConfigError, DataError
 from omni_train.data.config import DataConfig
-from omni_train.data.index import MANIFEST_NAME
 from omni_train.data.measure import AUDIO_COST_PER_CONV_FRAME, VISION_COST_PER_PATCH, Costs
 from omni_train.data.mixture import Mixture, weights_by_window
 from omni_train.data.plan import WindowPlan, assign, join_costs, plan_window
 from omni_train.data.prefetch import Prefetcher
 from omni_train.data.sequence import check_agreement
 from omni_train.data.skiplist import read_skip_list
-from omni_train.data.source import ShardSource
-from omni_train.data.stores import Store, open_root
+from omni_train.data.source import ShardSource, manifest_bytes
+from omni_train.data.stores import Store
 from omni_train.data.tokenizer import tokenizer_hash
 from omni_train.data.types import Batch, ModelSpec, PackSpec, SampleRef
 from omni_train.data.work import PackMaker, PlannedSample, Work, describe, shard_name
@@ -344,15 +343,7 @@ def source_hashes(config: DataConfig) -> dict[str, str]:
     """
     hashes = {}
     for name, source in config.sources.items():
-        try:
-            manifest = open_root(source.path, config.fetch).read_all(MANIFEST_NAME)
-        except DataError as error:
-            raise ConfigError(
-                key=f"data.sources.{name}.path",
-                value=source.path,
-                rule=f"a directory with {MANIFEST_NAME} is needed: {error}",
-                remedy="make one with omni-train data index DIRECTORY",
-            ) from error
+        manifest = manifest_bytes(source.path, key=f"data.sources.{name}.path", fetch=config.fetch)
         skip = read_skip_list(source.path)
         listed = json.dumps(skip, sort_keys=True).encode() if skip else b""
         hashes[name] = str(xxhash.xxh3_64_hexdigest(manifest + listed))

@@ -23,7 +23,7 @@ from omni_train.data.columns import MEASURED_COLUMNS, measure_table
 from omni_train.data.config import DataConfig
 from omni_train.data.fetch import read_member
 from omni_train.data.filters import FILTER_COLUMNS, Counted, FilterConfig, count, decide
-from omni_train.data.index import index_path, read_manifest, read_table, rows_of
+from omni_train.data.index import MANIFEST_NAME, index_path, read_manifest, read_table, rows_of
 from omni_train.data.measure import Costs, measure
 from omni_train.data.plan import join_costs, token_slice
 from omni_train.data.skiplist import read_skip_list
@@ -52,6 +52,28 @@ class Stretch:
     visit: NDArray[np.int64]
     reference: NDArray[np.int64]
     costs: Costs
+
+
+def manifest_bytes(path: str, *, key: str, fetch: FetchConfig | None = None) -> bytes:
+    """Return the manifest of a set of shards as it lies there, to be hashed.
+
+    Args:
+        path: directory or URL.
+        key: of the setting that names it.
+        fetch: how remote files are read.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        return open_root(path, fetch).read_all(MANIFEST_NAME)
+    except DataError as error:
+        raise ConfigError(
+            key=key,
+            value=path,
+            rule=f"a directory with {MANIFEST_NAME} is needed: {error}",
+            remedy="make one with omni-train data index DIRECTORY",
+        ) from error
 
 
 class ShardSet:

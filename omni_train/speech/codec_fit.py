@@ -22,10 +22,8 @@ from torch import Tensor
 
 from omni_train.config.errors import ConfigError, DataError, check_fields
 from omni_train.data.fetch import fetch
-from omni_train.data.index import MANIFEST_NAME
 from omni_train.data.media import decode_audio
-from omni_train.data.source import ShardSet
-from omni_train.data.stores import open_root
+from omni_train.data.source import ShardSet, manifest_bytes
 from omni_train.data.types import IndexRow, MediaInfo, MediaKind
 from omni_train.engine.distributed import gather_json, sum_over_ranks
 from omni_train.engine.run import Run
@@ -44,7 +42,7 @@ _MICROSECONDS = 1_000_000
 
 
 @dataclass(kw_only=True, slots=True)
-class SpeechSource:
+class ClipSource:
     """A set of shards whose sound files are speech.
 
     Args:
@@ -102,28 +100,19 @@ class Frames:
     bad: list[tuple[str, str, str, str]] = field(default_factory=list)
 
 
-def speech_hashes(sources: dict[str, SpeechSource]) -> dict[str, str]:
+def speech_hashes(sources: dict[str, ClipSource]) -> dict[str, str]:
     """What identifies the speech of a run: the hash of each set's manifest.
 
     Raises:
         ConfigError: a set has no manifest.
     """
-    hashes = {}
-    for name, source in sources.items():
-        try:
-            data = open_root(source.path).read_all(MANIFEST_NAME)
-        except DataError as error:
-            raise ConfigError(
-                key=f"speech.{name}.path",
-                value=source.path,
-                rule=f"a directory with {MANIFEST_NAME} is needed: {error}",
-                remedy="make one with omni-train data index DIRECTORY",
-            ) from error
-        hashes[name] = str(xxhash.xxh3_64_hexdigest(data))
-    return hashes
+    return {
+        name: str(xxhash.xxh3_64_hexdigest(manifest_bytes(source.path, key=f"speech.{name}.path")))
+        for name, source in sources.items()
+    }
 
 
-def list_clips(sources: dict[str, SpeechSource], *, max_audio_s: float, seed: int) -> list[Clip]:
+def list_clips(sources: dict[str, ClipSource], *, max_audio_s: float, seed: int) -> list[Clip]:
     """Return clips of at most `max_audio_s` together, the same on every rank.
 
     Raises:
@@ -141,7 +130,7 @@ def list_clips(sources: dict[str, SpeechSource], *, max_audio_s: float, seed: in
     return clips
 
 
-def _all_clips(sources: dict[str, SpeechSource], rng: np.random.Generator) -> Iterator[Clip]:
+def _all_clips(sources: dict[str, ClipSource], rng: np.random.Generator) -> Iterator[Clip]:
     sets = [ShardSet(name, source.path) for name, source in sources.items()]
     shards = [(one, number) for one in sets for number in range(len(one.counts))]
     for place in rng.permutation(len(shards)).tolist():
@@ -196,7 +185,7 @@ def starting_centroids(frames: Tensor, count: int, *, seed: int) -> Tensor:
 
 
 def fit_codec(
-    config: MelKMeansConfig, sources: dict[str, SpeechSource], settings: CodecFitConfig, run: Run
+    config: MelKMeansConfig, sources: dict[str, ClipSource], settings: CodecFitConfig, run: Run
 ) -> MelKMeansCodec:
     """Fit a codebook; all ranks must call and return the same codec.
 
