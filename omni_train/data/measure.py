@@ -123,6 +123,27 @@ def joint_tokens(
     return sizes
 
 
+def charge_talker(
+    costs: Costs,
+    num_tokens: Int64Array,
+    num_positions: Int64Array,
+    *,
+    token_budget: int,
+    position_budget: int,
+) -> None:
+    """Put what spoken samples take into their costs: sizes by both budgets, work of both models.
+
+    Args:
+        costs: of R samples.
+        num_tokens, num_positions: int64 [R], of the Thinker and of the Talker.
+        token_budget, position_budget: of a pack.
+    """
+    costs.num_tokens = joint_tokens(
+        num_tokens, num_positions, token_budget=token_budget, position_budget=position_budget
+    )
+    costs.llm_cost = llm_cost(num_tokens) + num_positions * TALKER_COST_PER_POSITION
+
+
 def _num_patches(
     media: list[MediaInfo],
     is_image: NDArray[np.bool_],

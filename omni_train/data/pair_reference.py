@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from omni_train.config.errors import ConfigError, DataError
+from omni_train.config.errors import DataError
+from omni_train.data.claim import claim
 from omni_train.data.fetch import fetch
 from omni_train.data.index import write_atomically
 from omni_train.data.loader import source_hashes
@@ -80,7 +81,14 @@ def keep_reference(
         "tokenizer": tokenizer_hash(tokenizer),
         "processing": processing,
     }
-    _claim(folder, identity, run)
+    claim(
+        folder / REFERENCE_FILE,
+        identity,
+        run,
+        key="reference_dir",
+        rule="its log-probabilities are of another reference",
+        remedy="start from the model that they were computed with, or give another directory",
+    )
     scorer = _Scorer(data, replicas, tokenizer)
     table: dict[str, list[list[PairFacts]]] = {}
     scored = 0
@@ -173,22 +181,6 @@ class _Scorer:
             row | asdict(replace(fact, chosen=chosen, rejected=rejected))
             for (row, _), fact, (chosen, rejected) in zip(pack, facts, found, strict=True)
         ]
-
-
-def _claim(folder: Path, identity: dict[str, Any], run: Run) -> None:
-    path = folder / REFERENCE_FILE
-    if run.is_main and not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(identity, indent=1) + "\n").encode())
-    barrier()
-    before = json.loads(path.read_bytes())
-    if changed := sorted(name for name in identity if before.get(name) != identity[name]):
-        raise ConfigError(
-            key="reference_dir",
-            value=str(folder),
-            rule=f"its log-probabilities are of another reference: {', '.join(changed)} differ",
-            remedy="start from the model that they were computed with, or give another directory",
-        )
 
 
 def _parquet(rows: list[dict[str, Any]]) -> bytes:

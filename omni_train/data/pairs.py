@@ -26,7 +26,7 @@ from omni_train.data.collate import collate
 from omni_train.data.config import DataConfig
 from omni_train.data.fetch import fetch
 from omni_train.data.loader import BYTES_PER_TOKEN, PlannedLoader, build_loader
-from omni_train.data.measure import TALKER_COST_PER_POSITION, Costs, joint_tokens, llm_cost
+from omni_train.data.measure import Costs, charge_talker
 from omni_train.data.source import ShardSet, ShardSource
 from omni_train.data.speech import ReferenceSpeech, encode_spoken, read_codes
 from omni_train.data.speech_config import SpeechDataConfig
@@ -167,13 +167,13 @@ class PairSource(ShardSource):
         facts = self._facts[number]
         tokens = np.array([fact.num_tokens for fact in facts], dtype=np.int64)
         positions = np.array([fact.num_positions for fact in facts], dtype=np.int64)
-        costs.num_tokens = joint_tokens(
+        charge_talker(
+            costs,
             tokens,
             positions,
             token_budget=self._settings.pack_tokens,
             position_budget=self._settings.pack_positions,
         )
-        costs.llm_cost = llm_cost(tokens) + positions * TALKER_COST_PER_POSITION
         return costs
 
     def _cut(self, number: int, costs: Costs) -> list[tuple[int, Part]]:

@@ -23,10 +23,8 @@ from transformers import PreTrainedTokenizerFast
 from omni_train.data.balance import Cell, Utterance, count_cells, most_by_word, repeats_of
 from omni_train.data.config import DataConfig
 from omni_train.data.measure import (
-    TALKER_COST_PER_POSITION,
     Costs,
-    joint_tokens,
-    llm_cost,
+    charge_talker,
     talker_positions,
 )
 from omni_train.data.source import MAX_COUNTED_SHARDS, ShardSource, Stretch
@@ -157,13 +155,13 @@ class SpeechSource(ShardSource):
 
     def _charge(self, costs: Costs, tokens: Int64Array, positions: Int64Array) -> None:
         """Put sizes that respect both budgets, and the Talker's work, into the costs."""
-        costs.num_tokens = joint_tokens(
+        charge_talker(
+            costs,
             tokens,
             positions,
             token_budget=self._settings.pack_tokens,
             position_budget=self._settings.pack_positions,
         )
-        costs.llm_cost = llm_cost(tokens) + positions * TALKER_COST_PER_POSITION
 
     def _costs(self, number: int) -> Costs:
         """Costs of a shard's rows; with references, those of a middling one."""

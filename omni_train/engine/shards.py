@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omni_train.config.errors import ConfigError
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -34,6 +36,25 @@ class Piece:
 def is_partitioned(param: nn.Parameter) -> bool:
     """Return whether ZeRO-3 holds the parameter."""
     return hasattr(param, "ds_id")
+
+
+def check_whole(model: nn.Module, *, each: str) -> None:
+    """Refuse a ZeRO-3 model where it is run over and over.
+
+    Args:
+        model: to be run.
+        each: what one run gives, such as `token`.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if any(is_partitioned(param) for param in model.parameters()):
+        raise ConfigError(
+            key="model",
+            value="a ZeRO-3 model",
+            rule=f"decoding would gather all weights for every {each}",
+            remedy="gather the weights into a plain replica first",
+        )
 
 
 def full_shape(param: nn.Parameter) -> tuple[int, ...]:

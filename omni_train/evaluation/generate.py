@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from omni_train.config.errors import ConfigError
 from omni_train.data.collate import collate
 from omni_train.data.types import EncodedSample, ModelSpec
+from omni_train.engine.shards import check_whole
 from omni_train.models.thinker import ThinkerForTraining
 
 
@@ -60,13 +60,7 @@ def greedy(
     Returns:
         The ids of each reply, in the order of the samples.
     """
-    if any(hasattr(param, "ds_id") for param in model.parameters()):
-        raise ConfigError(
-            key="model",
-            value="a ZeRO-3 model",
-            rule="decoding would gather all weights for every token",
-            remedy="gather the weights into a plain replica first",
-        )
+    check_whole(model, each="token")
     if not samples:
         return []
     was_training = model.training

@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from omni_train.config.errors import ConfigError, DataError
 from omni_train.data.candidates import CANDIDATES_FILE, RECORDING
 from omni_train.data.chatml import split_reply
+from omni_train.data.claim import claim
 from omni_train.data.fetch import fetch
 from omni_train.data.index import MANIFEST_NAME, hash_file, write_atomically
 from omni_train.data.source import ShardSet
@@ -156,7 +157,14 @@ def sample_candidates(
     """
     with one_thread(run.world.device):
         job = _open(config, replicas, tokenizer, processing, run)
-        _claim(folder, job.identity, run)
+        claim(
+            folder / JOB_FILE,
+            job.identity,
+            run,
+            key="run.dir",
+            rule="holds candidates of another job",
+            remedy="choose another run directory, or remove this one",
+        )
         places = [(s, r) for s, count in enumerate(job.source.counts) for r in range(count)]
         places = places[: config.limit or None]
         size = config.requests_per_shard
@@ -211,23 +219,6 @@ def _open(
     return _Job(
         config, source, replicas, tokenizer, processing, references, codec, voices, identity
     )
-
-
-def _claim(folder: Path, identity: dict[str, Any], run: Run) -> None:
-    """Write down whose candidates these are, or refuse to mix them with others."""
-    path = folder / JOB_FILE
-    if run.is_main and not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, _json(identity))
-    barrier()
-    before = json.loads(path.read_bytes())
-    if changed := sorted(key for key in identity if before.get(key) != identity[key]):
-        raise ConfigError(
-            key="run.dir",
-            value=str(folder),
-            rule=f"holds candidates of another job; these differ: {', '.join(changed)}",
-            remedy="choose another run directory, or remove this one",
-        )
 
 
 def _finished(tar: Path) -> bool:

@@ -32,7 +32,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from omni_train.config.errors import ConfigError, check_fields
+from omni_train.config.errors import check_fields
+from omni_train.engine.shards import check_whole
 from omni_train.models.talker import Talker
 from omni_train.models.talker_layout import TalkerLayout, absolute_index
 from omni_train.speech.decode_step import DecodeStep, Prompt
@@ -195,13 +196,7 @@ def stream_codes(
         ConfigError: a ZeRO-3 model, which would gather all weights for every code.
         ValueError: two requests with one key.
     """
-    if any(hasattr(param, "ds_id") for param in talker.parameters()):
-        raise ConfigError(
-            key="model",
-            value="a ZeRO-3 model",
-            rule="sampling would gather all weights for every code",
-            remedy="gather the weights into a plain replica first",
-        )
+    check_whole(talker, each="code")
     if len({request.key for request in requests}) < len(requests):
         raise ValueError("two requests have one key and would get the same noise")
     suppressed = talker.spec.suppressed_ids if suppress_ids is None else suppress_ids
