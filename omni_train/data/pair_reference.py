@@ -74,12 +74,11 @@ def keep_reference(
     Raises:
         ConfigError: the folder holds the log-probabilities of another reference, or of other sets.
     """
-    processing = json.dumps(flatten(plain(data.processing)), sort_keys=True)
     identity = {
         "reference": weights_hash([replicas.thinker, replicas.talker]),
         "sources": source_hashes(data),
         "tokenizer": tokenizer_hash(tokenizer),
-        "processing": processing,
+        "processing": json.dumps(flatten(plain(data.processing)), sort_keys=True),
     }
     claim(
         folder / REFERENCE_FILE,
