@@ -92,7 +92,8 @@ def run_plan(args: argparse.Namespace) -> int:
     if checked.code != 0:
         sys.stderr.write(checked.text)
         return checked.code
-    options, constants = _options(args), load_constants()
+    options = _options(args)
+    constants = load_constants(options.hardware)
     refit = None
     if args.refit is not None:
         refit = refit_run(args.refit, options, constants)

@@ -63,6 +63,8 @@ def print_plan(
         _refit(refit, out)
     out.print(Text("launch", style="bold"))
     out.print(Text(f"  {command}"), soft_wrap=True)
+    if filled:
+        out.print(f"  with values of your own for {', '.join(filled)}")
 
 
 def _headline(plan: Plan, filled: list[str], out: Console) -> None:
@@ -115,6 +117,8 @@ def _memory(plan: Plan, out: Console) -> None:
         "encoders": "fullest pack" if plan.traffic.measured else "a pack of media alone",
         "rest": "CUDA, NCCL, fragments; one measured step replaces it",
     }
+    if plan.options.hardware.rest_bytes is not None:
+        meaning["rest"] = "interpreter and libraries; one measured step replaces it"
     table = _table("memory per device")
     table.add_column("GB", justify="right")
     table.add_column("")

@@ -49,6 +49,7 @@ class Hardware:
         link_bytes_per_s: one direction, per device, inside a node.
         network_bytes_per_s: the same between nodes.
         devices_per_node, cores_per_node, host_bytes: of one node.
+        rest_bytes: what a rank holds beyond the formulas, where that is not what CUDA holds.
     """
 
     name: str
@@ -60,10 +61,13 @@ class Hardware:
     devices_per_node: int
     cores_per_node: int
     host_bytes: float
+    rest_bytes: float | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.name == "rest_bytes" and value is None:
+                continue
             if field.name != "name" and not (isinstance(value, int | float) and value > 0):
                 raise ConfigError(
                     key=f"hardware.{field.name}",
@@ -111,9 +115,12 @@ def _file() -> dict[str, Any]:
     return values
 
 
-def load_constants() -> Constants:
-    """Return the constants of the file."""
-    return Constants(**{key: float(entry["value"]) for key, entry in _file()["constants"].items()})
+def load_constants(hardware: Hardware | None = None) -> Constants:
+    """Return the constants of the file, with what is known of a device in their place."""
+    values = {key: float(entry["value"]) for key, entry in _file()["constants"].items()}
+    if hardware is not None and hardware.rest_bytes is not None:
+        values["rest_bytes"] = hardware.rest_bytes
+    return Constants(**values)
 
 
 def constant_origins() -> dict[str, str]:
@@ -150,8 +157,8 @@ def load_hardware(name: str) -> Hardware:
             remedy=f"use one of {', '.join(known)}, or describe yours in a file",
         )
     values.pop("origin", None)
-    wanted = {field.name for field in dataclasses.fields(Hardware)} - {"name"}
-    if wrong := sorted(wanted ^ values.keys()):
+    wanted = {field.name for field in dataclasses.fields(Hardware)} - {"name", "rest_bytes"}
+    if wrong := sorted(wanted ^ (values.keys() - {"rest_bytes"})):
         raise ConfigError(
             key="--hardware",
             value=name,

@@ -57,6 +57,7 @@ def test_the_page_keeps_its_width_and_says_everything(width: int) -> None:
     assert max(map(len, text.splitlines())) <= width
     words = " ".join(text.split())
     for part in (
+        "with values of your own for run.dir",
         "stage1_audio on 64 x h100",
         "sequence parallelism pass",
         "audio_encoder 635,048,960 trained",

@@ -274,3 +274,10 @@ def test_hardware_of_ones_own(tmp_path: Path) -> None:
     own.write_text("\n".join(f"{name}: -1" for name in fields))
     with pytest.raises(ConfigError, match="positive"):
         load_hardware(str(own))
+
+
+def test_what_cuda_holds_is_not_counted_on_a_cpu() -> None:
+    # The demo's ranks hold 0.7 to 1.1 GB in all.
+    assert load_constants(load_hardware("cpu")).rest_bytes < 1e9
+    assert load_constants(H100) == load_constants()
+    assert load_constants().rest_bytes > 5e9
