@@ -330,5 +330,9 @@ def _clean(root: Path, *, keep: int | None, really: bool, as_json: bool) -> int:
         print(f"{size / 1e6:12,.1f} MB  {path}")
     total = sum(size for _, size in rows) / 1e6
     what = "deleted" if really else "would be deleted; add --yes"
-    print(f"{len(rows)} directories, {total:,.1f} MB {what}")
+    if not rows:
+        more = "" if keep is not None else "; --keep N takes older checkpoints too"
+        print(f"nothing to delete: no leftovers of killed saves, no quarantine{more}")
+    else:
+        print(f"{len(rows)} directories, {total:,.1f} MB {what}")
     return int(ExitCode.done)

@@ -30,7 +30,7 @@ def plot(values: list[float], *, width: int, rows: int = _ROWS) -> str:
     """
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
-        return "no step so far"
+        return "no training step"
     low, high = min(finite), max(finite)
     span = high - low or 1.0
     columns = min(max(1, width - _LABEL), len(values))

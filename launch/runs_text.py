@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +19,7 @@ _COLOURS = {
     "failed": "red",
     "died": "red",
 }
+_ANY_WIDTH = 10_000
 
 
 def print_list(rows: list[RunRow], root: Path) -> None:
@@ -26,29 +28,50 @@ def print_list(rows: list[RunRow], root: Path) -> None:
     if not rows:
         out.print(f"no run below {root}")
         return
-    table = Table(show_edge=False, pad_edge=False, box=None, header_style="bold")
-    table.add_column("run", overflow="fold")
-    table.add_column("status", no_wrap=True)
-    for name in ("step", "loss", "tok/s", "ranks", "idle"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        place = Path(row.path)
-        name = str(place.relative_to(root)) if place != root else str(place)
-        code = f" {row.exit_code}" if row.exit_code else ""
-        table.add_row(
-            Text(name),
-            Text(f"{row.status}{code}", style=_COLOURS.get(row.status, "")),
-            str(row.step or "") if row.max_steps is None else f"{row.step}/{row.max_steps}",
-            "" if row.loss is None else f"{row.loss:.4g}",
-            "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}",
-            "" if row.ranks is None else str(row.ranks),
-            "" if row.changed is None else ago(row.changed),
-        )
+    # Names stay whole: what is cut in two cannot be copied.
+    for dropped in ((), ("ranks",), ("ranks", "tok/s"), ("ranks", "tok/s", "idle")):
+        table = _table(rows, root, dropped)
+        width = _width(table, out)
+        if width <= out.width:
+            break
+    out.width = max(out.width, width)
     out.print(table)
     for row in rows:
         said = [row.reason, f"job {row.job}" if row.job and row.status != "done" else ""]
         if any(said):
             out.print(Text(f"{row.path}: {'; '.join(filter(None, said))}"), soft_wrap=True)
+
+
+def _table(rows: list[RunRow], root: Path, dropped: tuple[str, ...]) -> Table:
+    table = Table(show_edge=False, pad_edge=False, box=None, header_style="bold")
+    for name in ("run", "status"):
+        table.add_column(name, no_wrap=True)
+    for name in ("step", "loss", "tok/s", "ranks", "idle"):
+        if name not in dropped:
+            table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        place = Path(row.path)
+        name = str(place.relative_to(root)) if place != root else str(place)
+        code = f" {row.exit_code}" if row.exit_code else ""
+        steps = str(row.step or "") if row.max_steps is None else f"{row.step}/{row.max_steps}"
+        cells = {
+            "step": steps,
+            "loss": "" if row.loss is None else f"{row.loss:.4g}",
+            "tok/s": "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}",
+            "ranks": "" if row.ranks is None else str(row.ranks),
+            "idle": "" if row.changed is None else ago(row.changed),
+        }
+        table.add_row(
+            Text(name),
+            Text(f"{row.status}{code}", style=_COLOURS.get(row.status, "")),
+            *(text for name, text in cells.items() if name not in dropped),
+        )
+    return table
+
+
+def _width(table: Table, out: Console) -> int:
+    """Columns that a table takes where nothing of it is folded."""
+    return Measurement.get(out, out.options.update(width=_ANY_WIDTH), table).maximum
 
 
 def print_run(values: dict[str, Any]) -> None:
@@ -96,7 +119,15 @@ def print_differences(found: dict[str, dict[str, tuple[Any, Any]]], names: tuple
             table.add_column(heading, overflow="fold")
         for key, (one, two) in keys.items():
             table.add_row(Text(key), Text(_value(one)), Text(_value(two)))
-        out.print(table)
+        if _width(table, out) <= out.width:
+            out.print(table)
+            continue
+        # Below one another, so that no value is cut.
+        out.print(Text(part, style="bold"))
+        for key, values in keys.items():
+            out.print(Text(f"  {key}"), soft_wrap=True)
+            for name, value in zip(names, values, strict=True):
+                out.print(Text(f"    {_value(value)}    ({name})"), soft_wrap=True)
 
 
 def _value(value: Any) -> str:

@@ -170,11 +170,16 @@ def format_table(stages: tuple[Stage, ...] = STAGES) -> str:
     ]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     # What is too wide for the terminal goes on below, in its column.
-    room = max(60, shutil.get_terminal_size().columns) - 2 * (len(head) - 1)
-    while sum(widths) > room:
-        widths[widths.index(max(widths))] -= 1
-    lines = [line for row in [head, *rows] for line in _lines(row, widths)]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+    # Words stay whole: a name that is cut in two cannot be copied.
+    room = shutil.get_terminal_size().columns - 2 * (len(head) - 1)
+    words = [[word for row in [head, *rows] for word in row[i].split()] for i in range(len(head))]
+    least = [max(map(len, column)) for column in words]
+    while sum(widths) > max(room, sum(least)):
+        wide = [i for i in range(len(head)) if widths[i] > least[i]]
+        widths[max(wide, key=widths.__getitem__)] -= 1
+    above, *below = [_lines(row, widths) for row in [head, *rows]]
+    lines = [line for row in below for line in row]
+    return "\n".join([*above, "-" * max(map(len, [*above, *lines])), *lines])
 
 
 def _lines(row: tuple[str, ...], widths: list[int]) -> list[str]:

@@ -123,11 +123,13 @@ def test_every_stage_has_a_script(
     assert cli.main(["stages", "show", "talker_dpo"]) == 0
     shown = capsys.readouterr().out
     assert "./run train talker_dpo" in shown
-    for columns in (60, 80, 160):
+    for columns in (66, 80, 160):
         monkeypatch.setenv("COLUMNS", str(columns))
         assert cli.main(["stages"]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert max(map(len, lines)) <= columns
+        names = {word for line in lines for word in line.split()}
+        assert scripts <= names, "a name that is cut in two cannot be copied"
     assert len(lines) == len(stages.STAGES) + 2
 
 

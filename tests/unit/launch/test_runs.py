@@ -106,6 +106,26 @@ def test_diff_names_settings_data_and_code(
     assert "data: the same" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("columns", [30, 80])
+def test_no_name_and_no_value_is_cut(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    columns: int,
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    long = "a_run_whose_name_has_rather_many_letters_" * 2
+    make_run(tmp_path / long), make_run(tmp_path / "b", lr=0.2)
+    assert main(["runs", "list", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert long in text
+    assert "tok/s" not in text
+    assert main(["runs", "diff", str(tmp_path / long), str(tmp_path / "b")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"    0.1    ({tmp_path / long})" in lines
+    assert "  optim.lr" in lines
+
+
 def test_show_counts_what_happened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "a")
     (run / "ledger.jsonl").write_text(json.dumps({"reason": "over_budget: 9 tokens"}) + "\n")
@@ -129,6 +149,8 @@ def test_clean_names_first_and_deletes_only_what_it_named(
     (run / "quarantine" / "x").mkdir(parents=True)
     found = {path.name for path in removable(run, keep=2)}
     assert found == {"step-1", "step-9.tmp-11", "quarantine"}
+    assert main(["runs", "clean", str(tmp_path / "a" / "checkpoints")]) == 0
+    assert "nothing to delete" in capsys.readouterr().out
     assert main(["runs", "clean", str(tmp_path), "--keep", "2"]) == 0
     assert "would be deleted" in capsys.readouterr().out
     assert (run / "quarantine").is_dir()
@@ -147,7 +169,7 @@ def test_the_curve_has_the_shape_of_the_losses() -> None:
     assert lines[-1].split("|")[0].strip() == "1"
     many = plot([float(n) for n in range(1000)], width=80)
     assert max(map(len, many.splitlines())) <= 80
-    assert plot([], width=40) == plot([float("nan")], width=40) == "no step so far"
+    assert plot([], width=40) == plot([float("nan")], width=40) == "no training step"
 
 
 def test_tail_follows_until_the_run_ends(tmp_path: Path) -> None:
