@@ -130,7 +130,9 @@ def _add_runs(add: Add) -> None:
     evaluate = add(
         "evaluate",
         "Measure a checkpoint on held-out data.",
-        "omni-train evaluate run.dir=runs/audio-eval model.init_from=runs/audio",
+        "omni-train evaluate experiment=demo/evaluate_audio_encoder",
+        "omni-train evaluate run.dir=runs/scores model.init_from=runs/sft \\",
+        "    model.tokenizer=TOKENIZER '+tasks={test: {path: shards/test, metric: wer}}'",
     )
     for command in (config, train):
         command.add_argument("stage", help="name of a stage; see omni-train stages")
@@ -173,7 +175,7 @@ def _add_data(add_command: Add) -> None:
     add = _adder(actions)
     corpus = add(
         "corpus",
-        "generate the demo corpus with real media",
+        "Generate the demo corpus with real media.",
         "omni-train data corpus runs/demo/corpus --seed 0",
     )
     corpus.add_argument("path", help="directory to write")
@@ -181,14 +183,14 @@ def _add_data(add_command: Add) -> None:
     corpus.add_argument("--quick", action="store_true", help="a small one")
     index = add(
         "index",
-        "write the Parquet index and the manifest of shards",
+        "Write the Parquet index and the manifest of shards.",
         "omni-train data index shards/librispeech --tokenizer runs/demo/corpus/tokenizer",
     )
     index.add_argument("path", help="directory with the shards")
     index.add_argument("--tokenizer", required=True, help="directory of a saved tokenizer")
     benchmark = add(
         "benchmark",
-        "turn a public benchmark into shards",
+        "Turn a public benchmark into shards.",
         "omni-train data benchmark librispeech LibriSpeech/test-clean shards/test --tokenizer T",
     )
     benchmark.add_argument("name", help="such as librispeech, omnibench or mmlu")
@@ -323,13 +325,17 @@ def _config(args: argparse.Namespace) -> int:
         return refused
     from launch.local import check
 
-    checked = check(args.stage, args.overrides)
+    checked = shown = check(args.stage, args.overrides)
+    if checked.code == _USAGE:
+        # Whoever asks what can be set need not know first what must be.
+        shown = check(args.stage, args.overrides, partial=True)
+    if shown.code == 0 and args.json:
+        print(json.dumps(shown.values(), indent=1))
+    elif shown.code == 0:
+        sys.stdout.write(shown.text)
     if checked.code != 0:
+        sys.stdout.flush()
         sys.stderr.write(checked.text)
-    elif args.json:
-        print(json.dumps(checked.values(), indent=1))
-    else:
-        sys.stdout.write(checked.text)
     return checked.code
 
 

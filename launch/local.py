@@ -129,10 +129,20 @@ def child_environment(*, ranks: int = 1) -> dict[str, str]:
     return environment
 
 
-def check(recipe: str, overrides: Sequence[str], *, ranks: int = 1) -> Checked:
-    """Compose and validate a recipe's configuration in a process of its own; start nothing."""
+def check(
+    recipe: str, overrides: Sequence[str], *, ranks: int = 1, partial: bool = False
+) -> Checked:
+    """Compose and validate a recipe's configuration in a process of its own; start nothing.
+
+    Args:
+        recipe: name under `recipes/`.
+        overrides: as on the command line.
+        ranks: that would run it.
+        partial: whether settings may be missing; they are `???`, and references stay as they are.
+    """
+    resolve = [] if partial else ["--resolve"]
     done = subprocess.run(
-        [sys.executable, "-m", f"recipes.{recipe}", "--cfg", "job", "--resolve", *overrides],
+        [sys.executable, "-m", f"recipes.{recipe}", "--cfg", "job", *resolve, *overrides],
         cwd=REPO,
         env={**child_environment(), "WORLD_SIZE": str(ranks)},
         capture_output=True,

@@ -14,6 +14,10 @@ class ConfigError(ValueError):
         super().__init__(f"{key}={value!r}: {rule}; {remedy}")
 
 
+class MissingError(ConfigError):
+    """Settings that are required and have no value yet."""
+
+
 def check_fields(config: object, prefix: str, *rules: tuple[str, bool, str], remedy: str) -> None:
     """Refuse a section in which a rule does not hold.
 

@@ -24,7 +24,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from omni_train.config.errors import ConfigError, UnsafeError
+from omni_train.config.errors import ConfigError, MissingError, UnsafeError
 from omni_train.config.keys import allows_key, dotted_keys, field_types, nearest_key, strip_optional
 from omni_train.config.register import Root
 from omni_train.config.safe_yaml import EXECUTABLE_KEYS, TARGET_KEY, check_yaml_files
@@ -76,6 +76,13 @@ def to_typed(root: Root, raw: DictConfig) -> Any:
             remedy=f"start the defaults list of the root YAML with {root.name}_schema",
         )
     _refuse_code(OmegaConf.to_container(raw, resolve=False), "")
+    if missing := sorted(OmegaConf.missing_keys(raw)):
+        raise MissingError(
+            key=missing[0],
+            value="???",
+            rule="required, and has no default",
+            remedy=f"add {' '.join(f'{key}=VALUE' for key in missing)}",
+        )
     try:
         typed = OmegaConf.to_object(raw)
     except OmegaConfBaseException as error:

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import hydra
 from omegaconf import DictConfig
 
-from omni_train.config.errors import ConfigError, DataError
+from omni_train.config.errors import ConfigError, DataError, MissingError
 from omni_train.config.load import CONF_DIR, compose_config, to_typed
 from omni_train.config.register import Root, Validate, register_root
 from omni_train.engine.exit_codes import ExitCode, RunError, exit_code_of, leave
@@ -94,7 +94,8 @@ def world_size() -> int:
 def check_arguments(root: Root, arguments: Sequence[str], conf_dir: Path) -> Any:
     """Return the validated configuration of a command line; None where it cannot be known here.
 
-    A sweep or another root is checked by each job instead.
+    A sweep or another root is checked by each job instead, and `--cfg` without `--resolve` only
+    shows: what is still required stands there as `???`.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd", type=Path)
@@ -109,7 +110,12 @@ def check_arguments(root: Root, arguments: Sequence[str], conf_dir: Path) -> Any
         return None
     if {"-m", "--multirun"} & set(flags):
         return None
-    cfg = compose_config(root, known.overrides, conf_dir=conf_dir, extra_dir=known.config_dir)
+    try:
+        cfg = compose_config(root, known.overrides, conf_dir=conf_dir, extra_dir=known.config_dir)
+    except MissingError:
+        if known.cfg is None or "--resolve" in flags:
+            raise
+        return None
     _check(root, cfg)
     return cfg
 

@@ -12,6 +12,7 @@ import pytest
 from omni_train.config.errors import ConfigError
 from omni_train.config.keys import dotted_keys
 from omni_train.config.load import compose_config
+from omni_train.config.recipe import check_arguments
 from omni_train.config.register import Root, register_root
 
 
@@ -142,6 +143,17 @@ def test_a_required_key_of_a_section_that_no_file_names(root: Root, conf_dir: Pa
     error = refuse(root, conf_dir)
     assert (error.key, error.value) == ("run.dir", "???")
     assert compose_config(root, ["run.dir=here"], conf_dir=conf_dir).run.dir == "here"
+
+
+def test_every_missing_key_is_named_and_showing_needs_none(root: Root, conf_dir: Path) -> None:
+    (conf_dir / "toy.yaml").write_text("defaults:\n  - toy_schema\n  - _self_\n")
+    both = "add num_steps=VALUE run.dir=VALUE"
+    assert refuse(root, conf_dir).remedy == both
+    with pytest.raises(ConfigError, match=both):
+        check_arguments(root, ["--cfg", "job", "--resolve"], conf_dir)
+    assert check_arguments(root, ["--cfg", "job"], conf_dir) is None
+    with pytest.raises(ConfigError, match="did you mean num_steps"):
+        check_arguments(root, ["--cfg", "job", "num_step=1"], conf_dir)
 
 
 def test_missing_file(root: Root, conf_dir: Path) -> None:
