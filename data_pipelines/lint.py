@@ -51,8 +51,9 @@ LINT_NAME = "lint.json"
 SCHEMA_VERSION = 1
 _ROWS_PER_TASK = 32
 _HASH_BLOCK = 1 << 23
-# What `data prepare` leaves beside the shards, on a cluster too.
-_OF_PREPARE = ("part-*-of-*.json", "prepare.sbatch", "slurm-*.log")
+# What `data prepare` leaves beside the shards, on a cluster too; `data codes`; `talker pairs`.
+_OWN = ("part-*-of-*.json", "prepare.sbatch", "slurm-*.log", "codes.json")
+_OWN += ("pairs.json", "pairs.jsonl", "listen.html", "dataset")
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,7 +338,7 @@ def _unknown_files(root: Path, manifest: Manifest) -> list[str]:
     for info in manifest.shards:
         known |= {info.name, index_path(info.name).name}
     names = {path.name for path in root.iterdir()} - known
-    return sorted(name for name in names if not any(fnmatch(name, own) for own in _OF_PREPARE))
+    return sorted(name for name in names if not any(fnmatch(name, own) for own in _OWN))
 
 
 def _progress(console: Console) -> Progress:

@@ -69,7 +69,8 @@ def show_sample(place: str, encoding: Encoding, out_dir: str | Path) -> Shown:
     rows = read_index(root.url_of(index_path(name).name), store=root.store)
     row = next((row for row in rows if row.key == key), None)
     if row is None:
-        raise DataError("unknown_key", "the index has no such sample", shard=shard, key=key)
+        there = f"{rows[0].key} to {rows[-1].key}" if rows else "none"
+        raise DataError("unknown_key", f"no such sample; it has {there}", shard=shard, key=key)
     raw = fetch(shard, row, root.store)
     try:
         sample = encode(raw, encoding.tokenizer, encoding.config, encoding.spec)

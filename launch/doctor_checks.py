@@ -223,7 +223,8 @@ def judge_ranks(report: dict[str, Any]) -> list[Check]:
     """Judge what `launch.doctor_ranks` printed: bandwidth, clocks, software alike everywhere."""
     ranks: list[dict[str, Any]] = report["ranks"]
     hosts = sorted({rank["host"] for rank in ranks})
-    text = f"{len(ranks)} ranks on {len(hosts)} hosts, {ranks[0]['device']}"
+    where = "1 host" if len(hosts) == 1 else f"{len(hosts)} hosts"
+    text = f"{len(ranks)} ranks on {where}, {ranks[0]['device']}"
     found = [Check("ranks", "pass", text)]
     if len({str(rank["packages"]) for rank in ranks}) > 1:
         by_host = {rank["host"]: rank["packages"] for rank in ranks}

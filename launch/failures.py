@@ -25,7 +25,7 @@ _REMEDIES = {
     "corrupt_tar": "copy or make this tar again",
     "truncated": "copy or make this file again",
     "unreachable": "check the path, the permissions and the network",
-    "unknown_key": "see omni-train data info, and the keys in the tar",
+    "unknown_key": "give the key of one that is there",
     "corrupt_skip_list": "mend it, or remove it and run omni-train data fix",
     "corrupt_lint": "run omni-train data lint again",
 }

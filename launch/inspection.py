@@ -65,7 +65,7 @@ def add_inspection(add: Add) -> None:
     show = add(
         "show",
         "Draw one sample's token timeline (PNG and HTML) and print its ids.",
-        "omni-train data show runs/demo/corpus/train/av/shard-000000.tar:av-000003 --out pictures",
+        "omni-train data show runs/demo/corpus/train/av/shard-000000.tar:av-train-000768",
     )
     show.add_argument(
         "place", metavar="SHARD:KEY", help="path or URL of a tar, a colon, a key in it"

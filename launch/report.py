@@ -57,7 +57,9 @@ def run_report(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"page": str(out), "runs": names}))
     else:
-        print(f"{out}: {len(names)} runs, {out.stat().st_size / 1e6:.1f} MB")
+        print(
+            f"{out}: {len(names)} run{'s' * (len(names) != 1)}, {out.stat().st_size / 1e6:.1f} MB"
+        )
     return 0
 
 

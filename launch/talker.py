@@ -34,11 +34,13 @@ def add_talker(add: Add) -> None:
         help="pocketsphinx:WORD,WORD..., whisper:DIR[:LANGUAGE] or paraformer:DIR; twice for two",
     )
     rank.add_argument("--normalizer", default="seed_tts", help="basic, english, seed_tts, chinese")
-    rank.add_argument("--wer-weight", type=float, default=1.0)
-    rank.add_argument("--pause-weight", type=float, default=0.2)
-    rank.add_argument("--failure-weight", type=float, default=1.0)
-    rank.add_argument("--min-pause-s", type=float, default=0.12)
-    rank.add_argument("--pause-threshold-db", type=float, default=35.0)
+    rank.add_argument("--wer-weight", type=float, default=1.0, help="of word errors; default 1")
+    rank.add_argument("--pause-weight", type=float, default=0.2, help="of pauses; default 0.2")
+    rank.add_argument("--failure-weight", type=float, default=1.0, help="of no end, no word, loops")
+    rank.add_argument("--min-pause-s", type=float, default=0.12, help="shortest; default 0.12")
+    rank.add_argument(
+        "--pause-threshold-db", type=float, default=35.0, help="silence is so far below the loudest"
+    )
     rank.add_argument("--device", default="cpu", help="where a network recognises, such as cuda")
     rank.add_argument("--workers", type=int, default=2, help="processes; 0 works in this one")
     pairs = add(
@@ -51,10 +53,19 @@ def add_talker(add: Add) -> None:
     pairs.add_argument("out", help="directory of the pairs")
     pairs.add_argument("--tokenizer", required=True, help="directory of a saved tokenizer")
     pairs.add_argument("--min-gap", type=float, default=0.3, help="least difference of scores")
-    pairs.add_argument("--max-chosen-score", type=float, default=1.0)
+    pairs.add_argument(
+        "--max-chosen-score", type=float, default=1.0, help="a chosen reply is no worse; default 1"
+    )
     pairs.add_argument("--max-pairs", type=int, default=3, help="of one request")
-    pairs.add_argument("--max-length-ratio", type=float, default=2.0)
-    pairs.add_argument("--recording", choices=["never", "may", "chosen"], default="never")
+    pairs.add_argument(
+        "--max-length-ratio", type=float, default=2.0, help="of the two replies' codes; default 2"
+    )
+    pairs.add_argument(
+        "--recording",
+        choices=["never", "may", "chosen"],
+        default="never",
+        help="use of the request's own speech: may be chosen, or always is; default never",
+    )
 
 
 @guarded

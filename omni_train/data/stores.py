@@ -263,7 +263,10 @@ def _read_local(path: str, offset: int, size: int) -> bytes:
 
 def _local_error(error: Exception) -> DataError:
     missing = isinstance(error, FileNotFoundError | NotADirectoryError)
-    return DataError("missing_shard" if missing else "unreachable", str(error))
+    text = str(error)
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    return DataError("missing_shard" if missing else "unreachable", text)
 
 
 def _attempt_fsspec(
