@@ -310,6 +310,7 @@ def picture(config: PipelineConfig, nodes: dict[str, Node]) -> str:
     lines = [f"{config.about}", f"runs/{config.experiment}", ""]
 
     def draw(names: list[str], indent: str) -> Iterator[str]:
+        """A line for each node, and below it those that stand under it."""
         for number, name in enumerate(names):
             node, final = nodes[name], number == len(names) - 1
             others = [p for p in node.config.parents if name not in children[p]]

@@ -46,6 +46,8 @@ def recipe_main(
     root = register_root(name, schema, validate)
 
     def decorate(main: Main) -> Callable[[], None]:
+        """What starts the recipe; `main` itself is called in the job, after its checks."""
+
         @functools.wraps(main)
         def job(raw: DictConfig) -> None:
             try:
@@ -59,6 +61,7 @@ def recipe_main(
         )
 
         def start() -> None:
+            """Check the arguments before Hydra does, whose advice on a typo is to append it."""
             try:
                 check_arguments(root, sys.argv[1:], conf_dir)
             except Exception as error:  # noqa: BLE001  ends the process

@@ -260,6 +260,7 @@ class PlannedLoader:
         pending: list[tuple[StepItem, int, int]] = []
 
         def work_items() -> Iterator[tuple[Work, int]]:
+            """What this rank makes, in order; a step stands in `pending` before its first."""
             for window, step, num_steps, packs in self.planned_steps():
                 micro = assign(packs, self.world_size)
                 tokens = self.tokens_by_source(packs)

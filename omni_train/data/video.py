@@ -92,6 +92,7 @@ def _frames_and_size(
     deep, factor = spec.temporal_patch_size, spec.patch_size * spec.merge_size
 
     def size(max_pixels: int) -> tuple[int, int, int]:
+        """Height and width of a frame in pixels, and its tokens after the merge."""
         low = min(config.video_min_pixels, max_pixels)
         heights, widths = smart_resize_many(
             np.array([max(info.height, 1)]),

@@ -141,6 +141,7 @@ class CheckpointWriter:
         blocked_s = time.perf_counter() - start
 
         def work() -> None:
+            """Run in a thread: a failure waits there for the training thread to raise it."""
             try:
                 self._write_or_make_room(snapshot)
                 seconds = time.perf_counter() - start
@@ -194,6 +195,7 @@ class CheckpointWriter:
         temporary = _shared_temporary(root, name, gather)
 
         def write() -> dict[str, FileRecord]:
+            """This rank's own files, on the disk before anybody counts on them; name -> record."""
             written = [temporary / files.rank_file(world.rank, "safetensors")]
             with self._run.faults.during("save", snapshot.step):
                 save_file(snapshot.tensors, str(written[0]))
@@ -317,6 +319,7 @@ def _ensure_frozen(engine: Engine, root: Path, gather: Gather) -> tuple[str, dic
     temporary = _shared_temporary(root, name, gather)
 
     def write() -> dict[str, FileRecord]:
+        """This rank's slices of the frozen weights; name -> record."""
         path = temporary / files.rank_file(world.rank, "safetensors")
         pieces = {
             slice_key(FROZEN, key, piece.start): shards.frozen(param, piece).cpu()
