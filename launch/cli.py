@@ -326,7 +326,7 @@ def _config(args: argparse.Namespace) -> int:
     from launch.local import check
 
     checked = shown = check(args.stage, args.overrides)
-    if checked.code == _USAGE:
+    if checked.code == _USAGE and "='???'" in checked.text:
         # Whoever asks what can be set need not know first what must be.
         shown = check(args.stage, args.overrides, partial=True)
     if shown.code == 0 and args.json:
