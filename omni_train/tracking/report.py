@@ -121,7 +121,7 @@ def _stage_table(runs: Sequence[RunFacts]) -> str:
             f'<a href="#{_text(run.anchor)}">{_text(run.name)}</a>',
             _text(run.stage),
             _state(run.state),
-            *(_number(v) for v in (run.steps or "", round(run.seconds / 60, 1), run.tokens or "")),
+            *(_number(v) for v in (run.steps or "", round(run.seconds / 60, 2), run.tokens or "")),
             *(_number(v) for v in (run.loss_first, run.loss_last)),
         ]
         for run in runs
