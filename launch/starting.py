@@ -167,6 +167,7 @@ def _run(
         if code:
             print(f"{node.name} ended with status {code}; the same command goes on from it")
             return code
+    print(f"{len(todo)} run, {len(picked) - len(todo)} were done already")
     return 0
 
 

@@ -124,6 +124,10 @@ def test_a_chain_is_run_restarted_and_found_stale(
     # Nothing is deleted.
     assert sorted(p.name for p in (chain / "stale").iterdir()) == ["three-0", "two-0"]
     assert states(chain)["three"] == "done"
+    # Whoever asks once more is told that there was nothing to do.
+    capsys.readouterr()
+    assert main(["pipeline", "run", "chain", "--from", "two"]) == 0
+    assert capsys.readouterr().out == "0 run, 2 were done already\n"
 
 
 @pytest.mark.parametrize(
