@@ -27,6 +27,7 @@ from omni_train.config.errors import ConfigError
 from omni_train.config.keys import nearest_key
 from omni_train.config.names import check_name
 from omni_train.config.safe_yaml import load_yaml
+from omni_train.engine.lock import living_owner
 
 PIPELINES = REPO / "conf" / "pipeline"
 RECORD_NAME = "node.json"
@@ -106,6 +107,7 @@ class State(Enum):
     failed = "failed"
     preempted = "preempted"
     running = "running"
+    died = "died"
     none = "to do"
 
 
@@ -231,6 +233,8 @@ def _state(
     recorded = json.loads(record.read_bytes())["fingerprint"] if record.exists() else None
     if node.kind is Kind.recipe:
         word = outcome(run_dir)
+        if word == "running" and not living_owner(run_dir / "lock"):
+            word = "died"
     else:
         word = "done" if (run_dir / _PROOF[node.kind]).exists() else "none"
     if word == "done":

@@ -124,6 +124,10 @@ def test_a_chain_is_run_restarted_and_found_stale(
     # Nothing is deleted.
     assert sorted(p.name for p in (chain / "stale").iterdir()) == ["three-0", "two-0"]
     assert states(chain)["three"] == "done"
+    # A run that was killed says that it runs, but nobody owns it.
+    (chain / "two" / "state.json").write_text('{"status": "running"}')
+    assert states(chain)["two"] == "died"
+    (chain / "two" / "state.json").write_text('{"status": "done"}')
     # Whoever asks once more is told that there was nothing to do.
     capsys.readouterr()
     assert main(["pipeline", "run", "chain", "--from", "two"]) == 0
