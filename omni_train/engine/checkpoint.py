@@ -211,6 +211,7 @@ class CheckpointWriter:
         records = _all_write(write, temporary, gather)
 
         def appear() -> dict[str, FileRecord]:
+            """Rank 0 puts the directory in its place, then removes what is no longer kept."""
             if world.rank == 0:
                 identity, table = self._run.identity.as_dict(), _param_table(self._engine)
                 Manifest(
