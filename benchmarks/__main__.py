@@ -39,11 +39,15 @@ def main() -> int:
     rows = args.rows or [row for row in BENCHMARKS if row.startswith("B")]
     if unknown := [row for row in rows if row not in BENCHMARKS]:
         parser.error(f"there is no row {', '.join(unknown)}; one of {', '.join(BENCHMARKS)}")
-    record = run(rows, pairs=args.pairs, torchvision=args.torchvision)
-    if args.out:
-        before = json.loads(args.out.read_text()) if args.out.exists() else {}
-        whole = joined(before, record) if before else record
-        args.out.write_text(json.dumps(whole, indent=1) + "\n", encoding="ascii")
+    record, kept = run([]), run([])
+    if args.out and args.out.exists():
+        kept = json.loads(args.out.read_text(encoding="ascii"))
+    for row in rows:
+        record = joined(record, run([row], pairs=args.pairs, torchvision=args.torchvision))
+        if args.out:
+            # After each row, so that a failure costs none of those before it.
+            whole = json.dumps(joined(kept, record), indent=1)
+            args.out.write_text(whole + "\n", encoding="ascii")
     if args.json:
         sys.stdout.write(json.dumps(record, indent=1) + "\n")
         return status_of(record)
@@ -55,6 +59,8 @@ def main() -> int:
             if line["row"] == row:
                 given = {key: value for key, value in line.items() if key not in ("row", "pass")}
                 print(line_of(Row(**given)))
+                if line["pass"] is False:
+                    print(f"  {line['why']}")
         if "not_taken" in found:
             print(f"not taken: {found['not_taken']}")
         for note in found["notes"]:

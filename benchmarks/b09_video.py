@@ -92,7 +92,7 @@ def main() -> int:
                     ),
                     run,
                     goal=GOAL,
-                    pairs=args.pairs,
+                    pairs=max(args.pairs, 11),
                 )
                 for label, run in (
                     ("reading on", lambda data=data, wanted=wanted: reading_on(data, wanted)),

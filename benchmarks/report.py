@@ -33,6 +33,7 @@ class Row:
         ratio: how many times better ours is; median over the pairs.
         low, high: range of that ratio.
         goal: the least ratio that is accepted; 0 where the row is only shown.
+        why: what keeps it from its goal, for where it is missed.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Row:
     low: float
     high: float
     goal: float
+    why: str = ""
 
     @property
     def passed(self) -> bool:
@@ -61,6 +63,7 @@ def compare(
     before: Callable[[], object] = lambda: None,
     repeats: int = 1,
     clock: Callable[[], float] = time.perf_counter,
+    why: str = "",
 ) -> Row:
     """Time both sides in turn and return the row; each runs once before, untimed.
 
@@ -73,6 +76,7 @@ def compare(
         before: called, untimed, before each timing of either side.
         repeats: calls of either side in one timing, for work that is short.
         clock: gives seconds; wall time by default.
+        why: see `Row`.
     """
 
     def both() -> tuple[float, float]:
@@ -89,16 +93,24 @@ def compare(
         mine, theirs, unit = items / mine, items / theirs, "1/s"
     else:
         mine, theirs, unit = mine * 1e3, theirs * 1e3, "ms"
-    return Row(name, mine, theirs, unit, statistics.median(ratios), min(ratios), max(ratios), goal)
+    spread = (statistics.median(ratios), min(ratios), max(ratios))
+    return Row(name, mine, theirs, unit, *spread, goal, why)
 
 
-def limit(name: str, work: Callable[[], object], *, most_ms: float, times: int = PAIRS) -> Row:
+def limit(
+    name: str,
+    work: Callable[[], object],
+    *,
+    most_ms: float,
+    times: int = PAIRS,
+    why: str = "",
+) -> Row:
     """Time one side against a limit in milliseconds; the ratio is limit over time."""
     work()
     taken = [_seconds(work) * 1e3 for _ in range(times)]
     middle = statistics.median(taken)
     low, high = most_ms / max(taken), most_ms / min(taken)
-    return Row(name, middle, most_ms, "ms", most_ms / middle, low, high, 1.0)
+    return Row(name, middle, most_ms, "ms", most_ms / middle, low, high, 1.0, why)
 
 
 def mean_row(name: str, rows: list[Row], goal: float) -> Row:
@@ -122,7 +134,7 @@ def show(rows: list[Row], packages: tuple[str, ...], notes: list[str], *, as_jso
     versions = {"Python": platform.python_version()} | {name: version(name) for name in packages}
     if as_json:
         record = {"rows": [record_of(row) for row in rows], "notes": notes, "versions": versions}
-        sys.stdout.write(json.dumps(record, indent=2) + "\n")
+        sys.stdout.write(json.dumps(record) + "\n")
     else:
         lines = [HEAD, *map(line_of, rows), *(f"note: {note}" for note in notes)]
         lines.append(", ".join(f"{name} {found}" for name, found in versions.items()))
@@ -134,7 +146,7 @@ def not_taken(reason: str, *, as_json: bool) -> int:
     """Say why nothing was measured; return the exit status."""
     if as_json:
         record = {"rows": [], "notes": [], "versions": {}, "not_taken": reason}
-        sys.stdout.write(json.dumps(record, indent=2) + "\n")
+        sys.stdout.write(json.dumps(record) + "\n")
     else:
         sys.stdout.write(f"not taken: {reason}\n")
     return NOT_TAKEN

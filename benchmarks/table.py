@@ -31,7 +31,7 @@ def table(record: dict[str, Any]) -> str:
         sides = " | ".join(_value(line[side], line["unit"]) for side in ("ours", "peer"))
         lines.append(f"| {line['row']} | {what} | {sides} | {ratio} | {goal} | {met} |")
     found = record["benchmarks"]
-    lines.append("")
+    lines += ["", *_missed(record["rows"])]
     lines += [f"{row} not taken: {f['not_taken']}." for row, f in found.items() if "not_taken" in f]
     loads = [load for f in found.values() for load in f["load"]] or [0.0]
     versions = {name: v for f in found.values() for name, v in f["versions"].items()}
@@ -42,6 +42,17 @@ def table(record: dict[str, Any]) -> str:
     )
     lines.append(", ".join(f"{name} {v}" for name, v in sorted(versions.items())) + ".")
     return "\n".join(lines)
+
+
+def _missed(rows: list[dict[str, Any]]) -> list[str]:
+    """What misses its goal, by how much and why; lines with one cause stand together."""
+    by_cause: dict[tuple[str, str], list[str]] = {}
+    for line in rows:
+        if line["pass"] is False:
+            share = f"{line['name']}: {_number(line['ratio'])} of {_number(line['goal'])}"
+            by_cause.setdefault((line["row"], line["why"]), []).append(share)
+    lines = [f"- {row}, {'; '.join(names)}. {why}." for (row, why), names in by_cause.items()]
+    return ["Goals that are missed:", "", *lines, ""] if lines else []
 
 
 def _value(value: float, unit: str) -> str:

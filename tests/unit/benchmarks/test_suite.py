@@ -76,6 +76,32 @@ def test_what_cannot_be_taken_says_why(tmp_path: Path) -> None:
     assert found["rows"] == []
 
 
+def script(path: Path, *lines: str) -> str:
+    path.write_text("\n".join(["#!/bin/sh", *lines]) + "\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_what_a_peer_prints_is_not_taken_for_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed = ["echo '[INFO] a library says hello'", 'echo \'{"rows": [], "notes": ["taken"]}\'']
+    monkeypatch.setattr(sys, "executable", script(tmp_path / "noisy", *printed))
+    assert suite.measure("B1")["notes"] == ["taken"]
+
+
+def test_a_script_that_falls_costs_no_other_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    falls = script(tmp_path / "falls", "echo half a line", "exit 1")
+    monkeypatch.setattr(sys, "executable", falls)
+    found = suite.run(["B1", "B2"])
+    assert [one["not_taken"] for one in found["benchmarks"].values()] == [
+        "the script ended with 1; its message is above"
+    ] * 2
+    assert suite.status_of(found) == report.NOT_TAKEN
+
+
 def test_exit_status_of_the_table() -> None:
     assert suite.status_of(record(line("B1", 3.0, 2.0), line("B2", 3.0, 0.0))) == 0
     assert suite.status_of(record(line("B1", 3.0, 2.0), line("B2", 3.0, 4.0))) == report.MISSED
@@ -115,6 +141,22 @@ def test_the_table_goes_between_its_marks_and_is_checked(tmp_path: Path) -> None
     assert "| 4 | **no** |" in text
     assert "B3 not taken: no torchvision." in text
     assert "old" not in text
+
+
+def test_missed_goals_stand_below_the_table_with_their_cause() -> None:
+    missed = [line("B5", 0.9, 0.95), line("B5", 0.8, 0.95), line("B6", 1.0, 1.5)]
+    text = table.table(record(*(one | {"why": "it cannot"} for one in missed)))
+    assert "- B5, a clip: 0.9 of 0.95; a clip: 0.8 of 0.95. it cannot" in text
+    assert "- B6, a clip: 1 of 1.5. it cannot" in text
+    assert "Goals that are missed" not in table.table(record(line("B1", 3.0, 2.0)))
+
+
+def test_the_readme_has_the_table_of_its_json() -> None:
+    found = json.loads((REPO / "benchmarks" / "results.json").read_text(encoding="ascii"))
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    assert table.replaced(readme, table.table(found)) == readme
+    assert [row for row in found["benchmarks"] if row.startswith("B")] == ROWS
+    assert all(one["why"] for one in found["rows"] if one["pass"] is False)
 
 
 @pytest.mark.parametrize("text", ["none", f"{table.END}\n{table.BEGIN}", table.BEGIN * 2])
