@@ -25,7 +25,6 @@ from omni_train.engine.recompute import (
     checkpoint_layers,
     choose,
     free_memory,
-    layers_of,
 )
 
 REDUCE_BUCKET_ELEMENTS = 200_000_000
@@ -223,9 +222,6 @@ def build_engine(
     trained = [group for group in groups if group.trainable]
     sizes = [int(getattr(p, "ds_numel", p.numel())) for g in trained for _, p in g.params]
     deepspeed = import_deepspeed()
-    # A layer is gathered as one, not matrix by matrix: the same bytes in a tenth of the calls.
-    for layer in layers_of(model):
-        deepspeed.utils.set_z3_leaf_module(layer, True)
     optimizer = torch.optim.AdamW(
         optimizer_groups(trained),
         betas=(optim.beta1, optim.beta2),

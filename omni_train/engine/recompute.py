@@ -132,11 +132,6 @@ def agreed_policy(policy: Checkpointing) -> Checkpointing:
     return POLICIES[max(numbers)]
 
 
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of the language models and towers."""
-    return [layer for layers in _stacks(model).values() for layer in layers]
-
-
 def _stacks(model: nn.Module) -> dict[str, list[GradientCheckpointingLayer]]:
     """Layers by the name of the list that holds them."""
     found: dict[str, list[GradientCheckpointingLayer]] = {}
