@@ -42,8 +42,8 @@ BATCH = 8
 MOST_MS = 1000.0
 LEAST_RATIO = 50.0
 WHY = (
-    "Ours is the same at any step, half of it opening indices of 100 shards; the peer's samples "
-    "are a few words here, 45 us each to skip, and it grows with the step"
+    "Ours is the same at any step, half of it opening the indices of the shards; the peer's grows "
+    "with the step, and its samples are a few words here, quickly skipped"
 )
 WHY_WORKERS = (
     "Nearly all of it is one process that imports torch and transformers, which a rank starts once "
