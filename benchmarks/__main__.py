@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, help="write the JSON here too; rows that were not asked for stay in it"
     )
-    parser.add_argument("--pairs", type=int, help="timed pairs a line; at least 5 by default")
+    parser.add_argument("--pairs", type=int, help="timed pairs a line, at least; 5 by default")
     parser.add_argument(
         "--torchvision", type=Path, help="directory with one, for B3; see benchmarks/b03_encode.py"
     )

@@ -59,7 +59,7 @@ def main() -> int:
                     lambda tensor=tensor: log_mel(tensor),
                     lambda wave=wave, padding=padding: extract(wave, padding),
                     goal=least,
-                    pairs=max(args.pairs, 9) if padding == "longest" else args.pairs,
+                    pairs=args.pairs,
                     repeats=1 if padding == "max_length" else 10,
                     why=WHY,
                 )

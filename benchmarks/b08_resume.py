@@ -172,7 +172,7 @@ def main() -> int:
                 f"at most {MOST_MS:.0f} ms, {workers} workers",
                 lambda workers=workers: first_step(root, state, num_workers=workers),
                 most_ms=MOST_MS,
-                times=args.pairs if workers else max(args.pairs, 11),
+                times=args.pairs,
                 why=WHY_WORKERS if workers else "",
             )
             for workers in (0, 2)

@@ -92,7 +92,7 @@ def main() -> int:
                     ),
                     run,
                     goal=GOAL,
-                    pairs=max(args.pairs, 11),
+                    pairs=args.pairs,
                 )
                 for label, run in (
                     ("reading on", lambda data=data, wanted=wanted: reading_on(data, wanted)),

@@ -122,13 +122,7 @@ def rows_of(engine: Engine, run: Run, folder: Path, pairs: int) -> list[Row]:
 
         name = f"restore and verify, {peer}"
         rows.append(
-            compare(
-                name,
-                lambda: restore_latest(engine, run),
-                loading,
-                goal=0.0,
-                pairs=max(pairs, 11),
-            )
+            compare(name, lambda: restore_latest(engine, run), loading, goal=0.0, pairs=pairs)
         )
     return rows
 

@@ -1,5 +1,8 @@
 """Paired timing and the table that every benchmark prints.
 
+Both sides are timed in turn, so that a slow minute hits both, and again until the median is known
+(`_until_known`): a machine that others share would otherwise give another table each time.
+
 A script ends with 0 where every goal is met, 1 where one is missed, 66 where nothing could be
 measured here (a GPU or a peer is missing), and then says what.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import sys
@@ -17,6 +21,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 
 PAIRS = 5
+# Of the 95 % interval of a median, upper over lower end; and the seconds in which to get there.
+KNOWN, MOST_S = 1.1, 5.0
 MISSED, NOT_TAKEN = 1, 66
 NO_TORCHVISION = "the peer needs torchvision; see the head of benchmarks/b03_encode.py"
 NO_GPU = "needs one NVIDIA GPU, and torch finds none"
@@ -71,7 +77,7 @@ def compare(
         name: of the row.
         ours, peer: do the same work once.
         goal: least ratio.
-        pairs: timed pairs, of which the median counts.
+        pairs: least timed pairs, of which the median counts.
         items: things handled by one call, to show a rate; 0 shows milliseconds.
         before: called, untimed, before each timing of either side.
         repeats: calls of either side in one timing, for work that is short.
@@ -86,8 +92,13 @@ def compare(
         return mine, _seconds(peer, repeats, clock)
 
     both()
-    times = [both() for _ in range(pairs)]
-    ratios = [theirs / mine for mine, theirs in times]
+    times: list[tuple[float, float]] = []
+
+    def ratio() -> float:
+        times.append(both())
+        return times[-1][1] / times[-1][0]
+
+    ratios = _until_known(ratio, pairs)
     mine, theirs = (statistics.median(side) for side in zip(*times, strict=True))
     if items:
         mine, theirs, unit = items / mine, items / theirs, "1/s"
@@ -105,9 +116,9 @@ def limit(
     times: int = PAIRS,
     why: str = "",
 ) -> Row:
-    """Time one side against a limit in milliseconds; the ratio is limit over time."""
+    """Time one side, `times` times at least, against a limit; the ratio is limit over time."""
     work()
-    taken = [_seconds(work) * 1e3 for _ in range(times)]
+    taken = _until_known(lambda: _seconds(work) * 1e3, times)
     middle = statistics.median(taken)
     low, high = most_ms / max(taken), most_ms / min(taken)
     return Row(name, middle, most_ms, "ms", most_ms / middle, low, high, 1.0, why)
@@ -125,7 +136,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     """Return a parser with the options that all benchmarks share."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    made.add_argument("--pairs", type=int, default=PAIRS, help="timed pairs a row")
+    made.add_argument("--pairs", type=int, default=PAIRS, help="timed pairs a row, at least")
     return made
 
 
@@ -168,6 +179,25 @@ def line_of(row: Row) -> str:
         f"{row.name:42} {row.ours:10.2f} {row.peer:10.2f} {row.unit:5} {row.ratio:7.2f} "
         f"{spread:>15} {row.goal:5.2f} {verdict}"
     )
+
+
+def _until_known(take: Callable[[], float], least: int) -> list[float]:
+    """Take values until the 95 % interval of their median is narrow, or the time is over.
+
+    The interval lies between two order statistics, by the normal approximation of the binomial; of
+    five values it is their range.
+    """
+    found: list[float] = []
+    start = time.perf_counter()
+    while True:
+        found.append(take())
+        middle, reach = len(found) / 2, 0.98 * math.sqrt(len(found))
+        ordered = sorted(found)
+        low = ordered[max(0, math.floor(middle - reach))]
+        high = ordered[min(len(found), math.ceil(middle + reach)) - 1]
+        over = high <= KNOWN * low or time.perf_counter() - start > MOST_S
+        if len(found) >= least and over:
+            return found
 
 
 def _seconds(

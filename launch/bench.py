@@ -25,7 +25,7 @@ def add_bench(add: Add) -> None:
     bench.add_argument("rows", nargs="*", metavar="ROW", help="such as B1; all of B without any")
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench.add_argument("--out", help="write the JSON here too")
-    bench.add_argument("--pairs", type=int, help="timed pairs a line")
+    bench.add_argument("--pairs", type=int, help="timed pairs a line, at least")
     bench.add_argument("--torchvision", metavar="DIR", help="directory with one, for B3's peer")
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,19 @@ def test_a_pair_is_a_ratio_and_its_range() -> None:
     assert (row.ours, row.peer, row.ratio, row.low, row.high) == (2000.0, 6000.0, 3.0, 3.0, 3.0)
     assert row.passed
     assert not report.Row("", 1, 2, "", 2.0, 2.0, 2.0, 2.5).passed
+
+
+def test_pairs_are_taken_until_their_median_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(values: Iterator[float]) -> int:
+        return len(report._until_known(lambda: next(values), 5))
+
+    assert taken(itertools.repeat(3.0)) == 5
+    # One in twenty is an outlier: soon known. Alternating values: known at no number of them.
+    assert 5 < taken(itertools.cycle([9.0] + [3.0] * 19)) < 20
+    monkeypatch.setattr(report, "MOST_S", 0.2)
+    started = time.monotonic()
+    taken(itertools.cycle([3.0, 4.0]))
+    assert time.monotonic() - started < 5
 
 
 def test_unknown_rows_are_refused_by_name() -> None:
