@@ -49,7 +49,8 @@ def _missed(rows: list[dict[str, Any]]) -> list[str]:
     by_cause: dict[tuple[str, str], list[str]] = {}
     for line in rows:
         if line["pass"] is False:
-            share = f"{line['name']}: {_number(line['ratio'])} of {_number(line['goal'])}"
+            # A figure more than in the table, for some miss by a hair.
+            share = f"{line['name']}: {line['ratio']:.4g} of {line['goal']:.4g}"
             by_cause.setdefault((line["row"], line["why"]), []).append(share)
     lines = [f"- {row}, {'; '.join(names)}. {why}." for (row, why), names in by_cause.items()]
     return ["Goals that are missed:", "", *lines, ""] if lines else []
