@@ -25,8 +25,8 @@ GOALS = {5.0: 0.0, 10.0: 40.0, 30.0: 0.0}
 # Against the same transform without padding; a twentieth is this machine's noise.
 UNPADDED = 0.95
 WHY = (
-    "One call of each in turn: after the peer's padded arrays ours finds its memory cold, and "
-    "takes several times what it takes in the rows against longest"
+    "One call of each in turn: right after the peer's padded arrays ours takes several times what "
+    "it takes in the rows against longest"
 )
 
 

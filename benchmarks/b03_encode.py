@@ -39,8 +39,8 @@ TOKENIZER = train_tokenizer(TEXTS, vocab_size=400)
 CONFIG = ProcessingConfig()
 SPEC = replace(loads.SPEC, tokens=special_tokens(TOKENIZER))
 WHY = (
-    "Most of our time is decoding frames that others are made from, which has no exact way around, "
-    "then resizing and patches (profile in NOTES.md, Encoding)"
+    "Half of our time is decoding frames that others are made from, which has no exact way around, "
+    "then come resizing and patches (profile in NOTES.md, Encoding)"
 )
 IMAGE_BOUNDS, VIDEO_BOUNDS = (
     {"shortest_edge": low, "longest_edge": high}
