@@ -59,7 +59,7 @@ def main() -> int:
             if line["row"] == row:
                 given = {key: value for key, value in line.items() if key not in ("row", "pass")}
                 print(line_of(Row(**given)))
-                if line["pass"] is False:
+                if line["pass"] is False and line["why"]:
                     print(f"  {line['why']}")
         if "not_taken" in found:
             print(f"not taken: {found['not_taken']}")

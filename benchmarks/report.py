@@ -116,7 +116,15 @@ def limit(
     times: int = PAIRS,
     why: str = "",
 ) -> Row:
-    """Time one side, `times` times at least, against a limit; the ratio is limit over time."""
+    """Time one side against a limit and return the row; it runs once before, untimed.
+
+    Args:
+        name: of the row.
+        work: is timed.
+        most_ms: the limit in milliseconds; the ratio is the limit over the median.
+        times: least number of timings.
+        why: see `Row`.
+    """
     work()
     taken = _until_known(lambda: _seconds(work) * 1e3, times)
     middle = statistics.median(taken)
@@ -182,10 +190,10 @@ def line_of(row: Row) -> str:
 
 
 def _until_known(take: Callable[[], float], least: int) -> list[float]:
-    """Take values until the 95 % interval of their median is narrow, or the time is over.
+    """Return values, `least` at least, until the 95 % interval of their median is narrow.
 
-    The interval lies between two order statistics, by the normal approximation of the binomial; of
-    five values it is their range.
+    Its ends are order statistics, by the normal approximation of the binomial; of five values they
+    are the least and the largest. After `MOST_S` seconds what there is must do.
     """
     found: list[float] = []
     start = time.perf_counter()
@@ -195,8 +203,8 @@ def _until_known(take: Callable[[], float], least: int) -> list[float]:
         ordered = sorted(found)
         low = ordered[max(0, math.floor(middle - reach))]
         high = ordered[min(len(found), math.ceil(middle + reach)) - 1]
-        over = high <= KNOWN * low or time.perf_counter() - start > MOST_S
-        if len(found) >= least and over:
+        enough = high <= KNOWN * low or time.perf_counter() - start > MOST_S
+        if len(found) >= least and enough:
             return found
 
 

@@ -52,7 +52,10 @@ def _missed(rows: list[dict[str, Any]]) -> list[str]:
             # A figure more than in the table, for some miss by a hair.
             share = f"{line['name']}: {line['ratio']:.4g} of {line['goal']:.4g}"
             by_cause.setdefault((line["row"], line["why"]), []).append(share)
-    lines = [f"- {row}, {'; '.join(names)}. {why}." for (row, why), names in by_cause.items()]
+    lines = [
+        f"- {row}, {'; '.join(names)}. {why or 'The cause is not known'}."
+        for (row, why), names in by_cause.items()
+    ]
     return ["Goals that are missed:", "", *lines, ""] if lines else []
 
 

@@ -164,6 +164,9 @@ def test_missed_goals_stand_below_the_table_with_their_cause() -> None:
     text = table.table(record(*(one | {"why": "it cannot"} for one in missed)))
     assert "- B5, a clip: 0.9 of 0.95; a clip: 0.8 of 0.95. it cannot" in text
     assert "- B6, a clip: 1 of 1.5. it cannot" in text
+    assert "- B6, a clip: 1 of 1.5. The cause is not known." in table.table(
+        record(line("B6", 1.0, 1.5))
+    )
     assert "Goals that are missed" not in table.table(record(line("B1", 3.0, 2.0)))
 
 
